@@ -1,0 +1,52 @@
+"""Whole files or none: everything that lasts is written beside its target and renamed when complete."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the target's folder; rename it to `path` when the block ends without an error.
+
+    The content is flushed to disk before the rename, so that a crash leaves the old file or the new one, never a part.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors (any device, made contiguous on the CPU) and string metadata atomically."""
+    from safetensors.torch import save_file
+
+    ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(ready, str(temporary), metadata=dict(metadata) if metadata else None)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
