@@ -1,0 +1,59 @@
+"""From a part of a checkpoint to a frozen model on a device: made without memory, filled once, nothing left out."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from library.options.errors import UserError
+from library.sd3.checkpoint import Part, load_tensors
+from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.vae import Vae, VaeConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shapes_of(part: Part) -> dict[str, tuple[int, ...]]:
+    return {key: info.shape for key, info in part.tensors.items()}
+
+
+def load_mmdit(part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool = True) -> MMDiT:
+    """The frozen denoiser in `dtype` (None: as stored)."""
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig.from_shapes(shapes_of(part)))
+    return _filled(model, part, device, dtype, mmap)
+
+
+def load_vae(part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool = True) -> Vae:
+    """The frozen autoencoder in `dtype` (None: as stored)."""
+    with torch.device("meta"):
+        model = Vae(VaeConfig.from_shapes(shapes_of(part)))
+    return _filled(model, part, device, dtype, mmap)
+
+
+def check_against(model: nn.Module, part: Part) -> list[str]:
+    """The differences between a model and a part's tensors, a sentence each; empty when they fit. Reads no tensor data."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = shapes_of(part)
+    problems = []
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    wrong = [
+        f"{key} is {found[key]}, not {wanted[key]}"
+        for key in sorted(wanted.keys() & found.keys())
+        if wanted[key] != found[key]
+    ]
+    for what, names in (("missing", missing), ("not known", unexpected), ("of the wrong shape", wrong)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{part.path}: tensors of the {part.name} {what}: {', '.join(names[:8])}{more}.")
+    return problems
+
+
+def _filled(model: Model, part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool) -> Model:
+    problems = check_against(model, part)
+    if problems:
+        raise UserError(problems)
+    model.load_state_dict(load_tensors(part, device, dtype, mmap), strict=True, assign=True)
+    return model.requires_grad_(False).eval()
