@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class ScaledPosEmbed:
         self.hidden_size = hidden_size
         self.device = torch.device(device)
         self.sides = sides
-        self.limits = [((a + b) / 2) for a, b in zip([s * s for s in sides], [s * s for s in sides[1:]])]
+        self.limits = [((a + b) / 2) for a, b in pairwise(side * side for side in sides)]
         self.tables = [self._table(math.floor(1.5 * side), side) for side in sides]
 
     def _table(self, table_side: int, centre_patches: int) -> Tensor:

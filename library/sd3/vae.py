@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,7 @@ class Level(nn.Module):
     def __init__(self, config: VaeConfig, in_channels: int, out_channels: int, blocks: int):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
