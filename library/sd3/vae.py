@@ -131,13 +131,15 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in pairwise(widths))
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        if hasattr(self, "downsample"):
+        if self.downsample is not None:
             x = self.downsample(x)
-        if hasattr(self, "upsample"):
+        if self.upsample is not None:
             x = self.upsample(x)
         return x
 

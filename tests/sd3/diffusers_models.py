@@ -22,7 +22,7 @@ def randomised(model: torch.nn.Module, seed: int = 0, spread: float = 0.3) -> to
             fan_in = tensor[0].numel() if tensor.dim() > 1 and name != "pos_embed" else 1
             centre = (
                 1.0
-                if name.endswith(("ln_q.weight", "ln_k.weight")) or "norm" in name and name.endswith("weight")
+                if name.endswith(("ln_q.weight", "ln_k.weight")) or ("norm" in name and name.endswith("weight"))
                 else 0.0
             )
             tensor.copy_(centre + noise * (spread if fan_in == 1 else fan_in**-0.5))
