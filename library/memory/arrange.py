@@ -1,0 +1,51 @@
+"""Puts a denoiser on its device with the memory savers that were asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from library.memory.block_swap import BlockSwapper, move_resident, spread_blocks
+from library.memory.checkpointing import ActivationOffloader, CheckpointSettings, checkpointed
+from library.sd3.mmdit import BlockRunner, MMDiT, call_block
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    blocks_to_swap: int = 0
+    checkpointing: CheckpointSettings | None = None
+    compile_backend: str | None = None  # torch.compile's backend; None: eager
+
+
+def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> BlockSwapper | None:
+    """Move the model (on the CPU, frozen) to `device` and set its block runner. Returns the swapper, if blocks are swapped.
+
+    From the inside out: the block (compiled if asked for), activation checkpointing, block swap.
+    """
+    depth = len(model.joint_blocks)
+    run: BlockRunner = compiled(settings.compile_backend) if settings.compile_backend else call_block
+    if settings.checkpointing is not None:
+        offloader = ActivationOffloader(device) if settings.checkpointing.offload else None
+        run = checkpointed(run, settings.checkpointing, offloader)
+    swapper = None
+    swapped = spread_blocks(depth, settings.blocks_to_swap) if settings.blocks_to_swap else []
+    move_resident(model, model.joint_blocks, swapped, device)
+    if swapped:
+        swapper = BlockSwapper(model.joint_blocks, swapped, device)
+        run = swapper.runner(run)
+    model.run_block = run
+    return swapper
+
+
+def compiled(backend: str) -> BlockRunner:
+    """A block runner that compiles the joint block, once for all blocks of one kind and shape."""
+
+    @torch.compile(backend=backend, dynamic=None)
+    def forward(block, context, x, c):  # type: ignore[no-untyped-def]
+        return block(context, x, c)
+
+    def compiled_run(index, block, context, x, c):  # type: ignore[no-untyped-def]
+        return forward(block, context, x, c)
+
+    return compiled_run

@@ -1,0 +1,185 @@
+"""Block swap: some frozen blocks live in host memory and visit the device when they are needed.
+
+A swapped block's weights are packed into one pinned host tensor. On the device there are a few buffers of a block's size;
+a block visits one of them. Copies run on a stream of their own, ahead of use: forward in rising order, backward in falling
+order. The trained LoRA weights are not part of the blocks and stay on the device. Nothing is allocated after the start.
+On a CPU the same schedule runs with copies between buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.sd3.mmdit import BlockRunner, JointBlock
+
+ALIGNMENT = 256  # bytes; device kernels want aligned weights
+RESIDENT_AT_LEAST = 2  # blocks that always stay on the device
+
+
+def swap_limit(depth: int) -> int:
+    """The most blocks of a model that can be swapped."""
+    return max(0, depth - RESIDENT_AT_LEAST)
+
+
+def spread_blocks(depth: int, count: int) -> list[int]:
+    """Which `count` of `depth` blocks to swap: evenly spread, so that copies overlap with the blocks between them."""
+    return [int((place + 0.5) * depth / count) for place in range(count)]
+
+
+@dataclass
+class PackedBlock:
+    """A block's frozen tensors as one host tensor of bytes, and where each of them lies in it."""
+
+    host: Tensor  # [bytes] uint8, pinned when the device is a GPU
+    places: list[tuple[Tensor, int, torch.Size, torch.dtype]]  # tensor to repoint, byte offset, shape, dtype
+
+    def point_at(self, buffer: Tensor) -> None:
+        """Let the block's tensors be views into `buffer`, which holds (or will hold) the bytes of `host`."""
+        for tensor, offset, shape, dtype in self.places:
+            size = shape.numel() * dtype.itemsize
+            tensor.data = buffer[offset : offset + size].view(dtype).view(shape)
+
+
+def pack_block(block: nn.Module, pin: bool) -> PackedBlock:
+    """Move a block's parameters and buffers into one host tensor; they become views of it."""
+    tensors = [*block.parameters(), *block.buffers()]
+    places, end = [], 0
+    for tensor in tensors:
+        places.append((tensor, end, tensor.shape, tensor.dtype))
+        size = tensor.numel() * tensor.element_size()
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    packed = PackedBlock(torch.empty(end, dtype=torch.uint8, pin_memory=pin), places)
+    for tensor, offset, shape, dtype in places:
+        place = packed.host[offset : offset + tensor.numel() * tensor.element_size()].view(dtype).view(shape)
+        place.copy_(tensor.data)
+    packed.point_at(packed.host)
+    return packed
+
+
+@dataclass
+class Slot:
+    """One device buffer and the block that visits it."""
+
+    buffer: Tensor
+    visitor: int | None = None
+    filled: Any = None  # event on the copy stream: the visitor's bytes have arrived
+    used: Any = None  # event on the compute stream: the last use of the visitor has been issued
+    in_use: bool = field(default=False)
+
+
+class BlockSwapper:
+    """Brings swapped blocks to the device in time. Wrap the block runner with `runner`."""
+
+    def __init__(self, blocks: Sequence[nn.Module], swapped: Sequence[int], device: torch.device, slots: int = 2):
+        """blocks: all blocks of the model; those not in `swapped` must be on `device` already (see `move_resident`)."""
+        self.order = sorted(swapped)
+        self.device = device
+        self.streams = device.type == "cuda"
+        self.packed = {index: pack_block(blocks[index], pin=self.streams) for index in self.order}
+        size = max((packed.host.numel() for packed in self.packed.values()), default=0)
+        self.slots = [
+            Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(self.order)))
+        ]
+        self.copy_stream = torch.cuda.Stream(device) if self.streams else None
+        self.copies = 0
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(packed.host.numel() for packed in self.packed.values())
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(slot.buffer.numel() for slot in self.slots)
+
+    def runner(self, run: BlockRunner) -> BlockRunner:
+        """`run`, with the block's weights on the device when it starts and again when its backward starts.
+
+        It goes outside of activation checkpointing: the recomputation then finds the weights that the backward fetched.
+        """
+
+        def swapped_run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+            if index not in self.packed:
+                return run(index, block, context, x, c)
+            self.bring(index, forward=True)
+            context, x = run(index, block, context, x, c)
+            if torch.is_grad_enabled() and (x.requires_grad or context.requires_grad):
+                context, x = _BringInBackward.apply(self, index, context, x)
+            return context, x
+
+        return swapped_run
+
+    def bring(self, index: int, forward: bool) -> None:
+        """Have block `index` on the device for work that is issued from now on, and start to fetch the one after it."""
+        for slot in self.slots:
+            if slot.in_use:  # whatever used it has been issued by now
+                slot.in_use = False
+                if self.streams:
+                    slot.used = torch.cuda.current_stream(self.device).record_event(slot.used)
+        slot = self._slot_of(index) or self._fetch(index, keep=None)
+        if slot.filled is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.filled)
+        slot.in_use = True
+        following = self._following(index, forward)
+        if following is not None and self._slot_of(following) is None:
+            self._fetch(following, keep=slot)
+
+    def _slot_of(self, index: int) -> Slot | None:
+        return next((slot for slot in self.slots if slot.visitor == index), None)
+
+    def _following(self, index: int, forward: bool) -> int | None:
+        """The swapped block that is needed next; after a forward without gradients the next one starts from the first block."""
+        place = self.order.index(index) + (1 if forward else -1)
+        if 0 <= place < len(self.order):
+            return self.order[place]
+        return self.order[0] if forward and not torch.is_grad_enabled() else None
+
+    def _fetch(self, index: int, keep: Slot | None) -> Slot:
+        """Start the copy of block `index` into a slot other than `keep`: an empty one, or that of the farthest visitor."""
+        free = [slot for slot in self.slots if slot is not keep]
+        if not free:  # a single slot: it is refilled when its turn comes
+            return self.slots[0]
+        slot = max(free, key=lambda s: float("inf") if s.visitor is None else abs(s.visitor - index))
+        if slot.visitor is not None:
+            self.packed[slot.visitor].point_at(self.packed[slot.visitor].host)
+        packed = self.packed[index]
+        target = slot.buffer[: packed.host.numel()]
+        if self.copy_stream is None:
+            target.copy_(packed.host)
+        else:
+            if slot.used is not None:
+                self.copy_stream.wait_event(slot.used)
+            with torch.cuda.stream(self.copy_stream):
+                target.copy_(packed.host, non_blocking=True)
+                slot.filled = self.copy_stream.record_event(slot.filled)
+        packed.point_at(slot.buffer)
+        slot.visitor = index
+        self.copies += 1
+        return slot
+
+
+class _BringInBackward(torch.autograd.Function):
+    """The identity; its backward runs just before that of the block and brings the block's weights."""
+
+    @staticmethod
+    def forward(ctx: Any, swapper: BlockSwapper, index: int, context: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.swapper, ctx.index = swapper, index
+        ctx.set_materialize_grads(False)
+        return context.view_as(context), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.swapper.bring(ctx.index, forward=False)
+        return (None, None, *gradients)
+
+
+def move_resident(model: nn.Module, blocks: Sequence[nn.Module], swapped: Sequence[int], device: torch.device) -> None:
+    """Move everything but the swapped blocks to the device. The swapped ones stay where they are."""
+    away = {id(tensor) for index in swapped for tensor in [*blocks[index].parameters(), *blocks[index].buffers()]}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in away:
+            tensor.data = tensor.data.to(device)

@@ -1,0 +1,137 @@
+"""Activation checkpointing of joint blocks: keep a block's inputs, compute its inside again in backward.
+
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Three additions: only as many blocks as needed, a
+selective policy that keeps attention outputs (dear to compute, cheap to keep), and inputs kept in host memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from library.sd3.mmdit import BlockRunner, JointBlock
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    blocks: int | None = None  # how many blocks recompute their inside; None: all
+    selective: bool = False  # keep attention outputs
+    offload: bool = False  # keep block inputs in host memory
+
+
+def checkpointed(run: BlockRunner, settings: CheckpointSettings, offloader: ActivationOffloader | None) -> BlockRunner:
+    """`run` with activation checkpointing. The first blocks are the ones that recompute: their activations would live longest."""
+
+    def checkpointed_run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = settings.blocks is None or index < settings.blocks
+        if not (wanted and torch.is_grad_enabled()):
+            return run(index, block, context, x, c)
+        options: dict[str, Any] = {"use_reentrant": False}
+        if settings.selective:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
+        with offloader.saving(index) if offloader is not None else nullcontext():
+            return checkpoint(run, index, block, context, x, c, **options)
+
+    return checkpointed_run
+
+
+def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what attention kernels return; recompute all else."""
+    return CheckpointPolicy.MUST_SAVE if operator in ATTENTION_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+ATTENTION_OPERATORS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_scaled_dot_product_attention_math",
+    )
+    if hasattr(torch.ops.aten, name)
+)
+
+
+class ActivationOffloader:
+    """Keeps checkpoints (block inputs) in pinned host memory between forward and backward.
+
+    Copies out run on a stream of their own while the next blocks compute; copies in are issued one block ahead in backward.
+    Host buffers are reused from step to step. On a CPU the tensors are copied between host buffers, by the same code.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.streams = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.streams else None
+        self.spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self.kept: dict[int, list[Kept]] = {}
+
+    def saving(self, index: int) -> AbstractContextManager[Any]:
+        """A context in which tensors that autograd saves belong to block `index` and go to host memory."""
+        self.kept[index] = []
+        return torch.autograd.graph.saved_tensors_hooks(partial(self._pack, index), self._unpack)
+
+    def _pack(self, index: int, tensor: Tensor) -> Kept | Tensor:
+        if tensor.device.type != self.device.type or not tensor.is_floating_point() or tensor.dim() < 3:
+            return tensor  # the timestep vector and random states are small
+        host = self._buffer(tensor)
+        if self.stream is None:
+            host.copy_(tensor)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self.stream)
+        kept = Kept(index, host)
+        self.kept[index].append(kept)
+        return kept
+
+    def _unpack(self, kept: Kept | Tensor) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        tensor = kept.returned if kept.returned is not None else self._fetch(kept)
+        kept.returned = None
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        self._give_back(kept)
+        for ahead in self.kept.get(kept.index - 1, []):
+            if ahead.returned is None and ahead.host is not None:
+                ahead.returned = self._fetch(ahead)
+        return tensor
+
+    def _fetch(self, kept: Kept) -> Tensor:
+        assert kept.host is not None
+        if self.stream is None:
+            return kept.host.clone()
+        with torch.cuda.stream(self.stream):
+            return kept.host.to(self.device, non_blocking=True)
+
+    def _buffer(self, tensor: Tensor) -> Tensor:
+        spare = self.spare.get((tensor.shape, tensor.dtype))
+        if spare:
+            return spare.pop()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.streams)
+
+    def _give_back(self, kept: Kept) -> None:
+        """The host buffer may be filled again: later copies into it run on the same stream, after the copy out of it."""
+        assert kept.host is not None
+        self.spare.setdefault((kept.host.shape, kept.host.dtype), []).append(kept.host)
+        kept.host = None
+
+
+@dataclass
+class Kept:
+    """A tensor that waits in host memory for its backward."""
+
+    index: int
+    host: Tensor | None
+    returned: Tensor | None = None  # the copy on the device, when it was fetched ahead
