@@ -23,16 +23,16 @@ def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> Blo
 
     From the inside out: the block (compiled if asked for), activation checkpointing, block swap.
     """
-    depth = len(model.joint_blocks)
+    blocks = list(model.joint_blocks)
     run: BlockRunner = compiled(settings.compile_backend) if settings.compile_backend else call_block
     if settings.checkpointing is not None:
         offloader = ActivationOffloader(device) if settings.checkpointing.offload else None
         run = checkpointed(run, settings.checkpointing, offloader)
     swapper = None
-    swapped = spread_blocks(depth, settings.blocks_to_swap) if settings.blocks_to_swap else []
-    move_resident(model, model.joint_blocks, swapped, device)
+    swapped = spread_blocks(len(blocks), settings.blocks_to_swap) if settings.blocks_to_swap else []
+    move_resident(model, blocks, swapped, device)
     if swapped:
-        swapper = BlockSwapper(model.joint_blocks, swapped, device)
+        swapper = BlockSwapper(blocks, swapped, device)
         run = swapper.runner(run)
     model.run_block = run
     return swapper
@@ -42,10 +42,10 @@ def compiled(backend: str) -> BlockRunner:
     """A block runner that compiles the joint block, once for all blocks of one kind and shape."""
 
     @torch.compile(backend=backend, dynamic=None)
-    def forward(block, context, x, c):  # type: ignore[no-untyped-def]
+    def forward(block, context, x, c):
         return block(context, x, c)
 
-    def compiled_run(index, block, context, x, c):  # type: ignore[no-untyped-def]
+    def compiled_run(index, block, context, x, c):
         return forward(block, context, x, c)
 
     return compiled_run
