@@ -24,7 +24,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,6 +47,7 @@ def save_safetensors(
         save_file(ready, str(temporary), metadata=dict(metadata) if metadata else None)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until the file's content is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
