@@ -86,7 +86,7 @@ def test_what_is_not_a_state_is_said_in_one_message(tmp_path, content):
     folder = tmp_path / "x-state"
     folder.mkdir()
     (folder / "train_state.json").write_text(content)
-    with pytest.raises(UserError, match="cannot be continued"):
+    with pytest.raises(UserError, match="not a state that can be continued"):
         open_state(folder)
     with pytest.raises(UserError, match="no such folder"):
         open_state(tmp_path / "absent-state")
