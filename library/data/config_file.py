@@ -1,0 +1,122 @@
+"""A dataset file as text: parsed, and with line numbers for messages about it, since the TOML parser keeps none."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.options.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Place = tuple[str, ...]
+"""("general",), ("datasets", "0"), ("datasets", "0", "subsets", "1"), and such a tuple followed by a key."""
+
+_HEADER = re.compile(r"\s*(\[\[?)\s*([A-Za-z0-9_.\- ]+?)\s*\]\]?\s*(?:#.*)?$")
+_KEY = re.compile(r"""\s*["']?([A-Za-z0-9_\-]+)["']?\s*[=.]""")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset file as parsed, with the line numbers of its tables and keys."""
+
+    name: str
+    tables: Mapping[str, Any]
+    lines: Mapping[Place, int]
+
+    def where(self, place: Place, key: str = "") -> str:
+        """The place's name for messages: file, line where it is known, table."""
+        line = self.lines.get((*place, key)) or self.lines.get(place)
+        parts = [self.name]
+        if line:
+            parts.append(f"line {line}")
+        if place[:1] == ("datasets",):
+            parts.append(f"dataset {int(place[1]) + 1}" if len(place) > 1 else "datasets")
+            if len(place) > 3:
+                parts.append(f"subset {int(place[3]) + 1}")
+        elif place:
+            parts.append(f"[{place[0]}]")
+        return ", ".join(parts)
+
+
+def read_source(path: Path) -> Source:
+    """Parse a .toml or .json dataset file. Raises UserError where it is missing, of another kind, or malformed."""
+    kind = path.suffix.lower()
+    if kind not in (".toml", ".json"):
+        raise UserError(f"{path}: a dataset file must end in .toml or .json.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path}: the dataset file can't be read: {error.strerror or error}.") from None
+    try:
+        tables = tomllib.loads(text) if kind == ".toml" else json.loads(text, object_pairs_hook=_without_duplicates)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, _DuplicateKey) as error:
+        hint = " Write paths in 'single quotes' or with /." if "\\" in str(error) else ""
+        raise UserError(f"{path}: {error}.{hint}") from None
+    if not isinstance(tables, dict):
+        raise UserError(f"{path}: the file must hold an object with the key datasets.")
+    return Source(str(path), tables, find_lines(text) if kind == ".toml" else {})
+
+
+class _DuplicateKey(ValueError):
+    """A key that stands twice in one JSON object, of which json would silently keep the last."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _DuplicateKey(f'the key "{twice}" stands twice in one object')
+    return table
+
+
+def find_lines(text: str) -> dict[Place, int]:
+    """Map each table and each key that begins a line to its line number, from 1.
+
+    Only plain layouts are understood: [general], [[datasets]], [[datasets.subsets]] and keys at the start of a line. What
+    stands in an inline table has no entry, and a message about it goes without a number.
+    """
+    lines: dict[Place, int] = {}
+    table: Place = ()
+    datasets = subsets = -1
+    inside = ""  # the quotes of a multi-line string that is still open
+    for number, line in enumerate(text.splitlines(), 1):
+        opened_before = inside
+        inside = _open_quotes(line, inside)
+        if opened_before:
+            continue
+        if header := _HEADER.match(line):
+            name = header.group(2).replace(" ", "")
+            if name == "datasets":
+                datasets, subsets = datasets + 1, -1
+                table = ("datasets", str(datasets))
+            elif name == "datasets.subsets":
+                subsets += 1
+                table = ("datasets", str(datasets), "subsets", str(subsets))
+            else:
+                table = tuple(name.split("."))
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            lines.setdefault((*table, key.group(1)), number)
+    return lines
+
+
+def _open_quotes(line: str, inside: str) -> str:
+    """The multi-line quotes that are open at the end of `line`, given those open at its start."""
+    for found in re.findall(r'"""|\'\'\'', line):
+        if not inside:
+            inside = found
+        elif found == inside:
+            inside = ""
+    return inside
