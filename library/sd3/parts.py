@@ -1,0 +1,72 @@
+"""A part of a checkpoint: which file, which tensors, under which names. No tensor data is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from library.sd3.header import Header, TensorInfo
+
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of a float8 weight; the second is ComfyUI's newer name
+SCALE_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")  # for float8 products; weights need none of them
+SCALED_MARKER = "scaled_fp8"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model's share of a file."""
+
+    name: str  # "mmdit", "clip_l", "clip_g", "t5xxl" or "vae"
+    path: Path
+    prefix: str  # what stands before every key in the file; may be empty
+    tensors: dict[str, TensorInfo]  # by key without the prefix; scales of float8 weights are not among them
+    scales: dict[str, str] = field(default_factory=dict)  # key of a scaled float8 weight -> its scale's full name
+    elsewhere: dict[str, str] = field(default_factory=dict)  # key -> full name, where that is not prefix + key
+    pickled: bool = False  # a PyTorch .pt/.ckpt/.bin file instead of safetensors
+
+    def stored_name(self, key: str) -> str:
+        """The name in the file of the tensor `key`."""
+        return self.elsewhere.get(key, self.prefix + key)
+
+
+def make_part(
+    name: str,
+    path: Path,
+    prefix: str,
+    header: Header,
+    other_prefixes: tuple[str, ...] = (),
+    pickled: bool = False,
+) -> Part:
+    """The tensors of `header` under `prefix`, without those under `other_prefixes` (which matter where prefix is empty)."""
+    tensors, elsewhere = {}, {}
+    for full_name, info in header.tensors.items():
+        if full_name.startswith(prefix) and not _belongs_to(full_name, other_prefixes, prefix):
+            tensors[full_name[len(prefix) :]] = info
+    outer = prefix.removesuffix("transformer.")
+    if name.startswith("clip") and outer != prefix:
+        # ComfyUI keeps the projection one level above the transformer, as a bare tensor in older files.
+        for key in ("text_projection", "text_projection.weight"):
+            if outer + key in header.tensors:
+                tensors[key] = header.tensors[outer + key]
+                elsewhere[key] = outer + key
+    tensors, scales = _without_scales(tensors, prefix)
+    return Part(name, path, prefix, tensors, scales, elsewhere, pickled)
+
+
+def _belongs_to(full_name: str, prefixes: tuple[str, ...], own: str) -> bool:
+    return any(other != own and len(other) > len(own) and full_name.startswith(other) for other in prefixes)
+
+
+def _without_scales(tensors: Mapping[str, TensorInfo], prefix: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Split off the scales of float8 weights: (the other tensors, weight key -> full name of its scale)."""
+    scales = {}
+    for key in tensors:
+        for suffix in SCALE_SUFFIXES:
+            weight = key.removesuffix(suffix) + ".weight"
+            if key.endswith(suffix) and weight in tensors:
+                scales[weight] = prefix + key
+    if not scales:
+        return {key: info for key, info in tensors.items() if key != SCALED_MARKER}, {}
+    dropped = SCALE_SUFFIXES + SCALE_COMPANIONS
+    return {key: info for key, info in tensors.items() if not key.endswith(dropped) and key != SCALED_MARKER}, scales
