@@ -8,6 +8,7 @@ import torch
 
 from library.memory.block_swap import BlockSwapper, move_resident, spread_blocks
 from library.memory.checkpointing import ActivationOffloader, CheckpointSettings, checkpointed
+from library.memory.quantize import in_joint_blocks, quantise
 from library.sd3.mmdit import BlockRunner, MMDiT, call_block
 
 
@@ -16,13 +17,16 @@ class MemorySettings:
     blocks_to_swap: int = 0
     checkpointing: CheckpointSettings | None = None
     compile_backend: str | None = None  # torch.compile's backend; None: eager
+    quantisation: str | None = None  # "fp8", "int8" or "nf4"
 
 
 def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> BlockSwapper | None:
     """Move the model (on the CPU, frozen) to `device` and set its block runner. Returns the swapper, if blocks are swapped.
 
-    From the inside out: the block (compiled if asked for), activation checkpointing, block swap.
+    Call it before LoRA is attached: quantising replaces layers. From the inside out: the block (compiled if asked for), activation checkpointing, block swap.
     """
+    if settings.quantisation is not None:
+        quantise(model, settings.quantisation, in_joint_blocks, device)
     blocks = list(model.joint_blocks)
     run: BlockRunner = compiled(settings.compile_backend) if settings.compile_backend else call_block
     if settings.checkpointing is not None:

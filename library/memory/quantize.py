@@ -1,0 +1,141 @@
+"""Frozen base weights in fewer bits: float8 or int8 with a scale for each row, or nf4 with a scale for each 64 weights.
+
+The products are computed in the model's own dtype: weights are widened when they are used, in forward and again in
+backward, so that autograd never keeps a wide copy and block swap may move the narrow one in between. Only the linear
+layers inside the joint blocks (or of an encoder) are quantised: they are nearly all of the weights; embedders, norms and
+the final layer stay as they are. int8 and nf4 are bitsandbytes' formats and kernels; its own layers are not used because
+they hold on to the weight's storage between forward and backward, which block swap reuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+INT8_MAX = 127.0
+NF4_BLOCK = 64
+
+Widen = Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
+
+
+class QuantisedLinear(nn.Linear):
+    """A frozen linear layer with a narrow weight and a scale; a subclass says how to quantise and how to widen."""
+
+    weight_scale: Tensor
+    shape: torch.Size  # [out, in] of the wide weight
+    quantise: Callable[[Tensor], tuple[Tensor, Tensor]]  # the wide weight -> the narrow one and its scales
+    widen: Widen  # back to the weight that they stand for
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> QuantisedLinear:
+        """Take over a layer's weight and bias."""
+        new = cls(1, 1, bias=False, device="meta")
+        new.in_features, new.out_features, new.shape = layer.in_features, layer.out_features, layer.weight.shape
+        weight, scale = cls.quantise(layer.weight.data)
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        new.bias = layer.bias
+        new.register_buffer("weight_scale", scale)
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] in the compute dtype -> [..., out]."""
+        product = _WidenedLinear.apply(x, self.weight, self.weight_scale, self.bias, self.shape, self.widen)
+        return cast(Tensor, product)
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """x W^T + b with W widened on use; the gradient reaches x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: torch.Size, widen: Widen
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.shape, ctx.widen = shape, widen
+        return F.linear(x, widen(weight, scale, shape, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        return gradient @ ctx.widen(weight, scale, ctx.shape, gradient.dtype), None, None, None, None, None
+
+
+class Fp8Linear(QuantisedLinear):
+    """float8_e4m3fn, each row scaled so that its largest entry is 448. A float8 checkpoint is kept bit for bit, with scale 1."""
+
+    @staticmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        if weight.dtype == torch.float8_e4m3fn:
+            return weight, torch.ones(weight.shape[0], 1, device=weight.device)
+        wide = weight.float()
+        scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+        return (wide / scale).to(torch.float8_e4m3fn), scale
+
+    @staticmethod
+    def widen(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype) * scale.to(dtype)
+
+
+class Int8Linear(QuantisedLinear):
+    """int8, each row scaled so that its largest entry is 127 (bitsandbytes' row-wise int8)."""
+
+    @staticmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        import bitsandbytes.functional as bnb
+
+        wide = weight.to(torch.float16) if weight.device.type == "cuda" else weight.float()  # what its kernels take
+        narrow, largest, _ = bnb.int8_vectorwise_quant(wide)
+        return narrow, largest.float()[:, None] / INT8_MAX
+
+    @staticmethod
+    def widen(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype) * scale.to(dtype)
+
+
+class Nf4Linear(QuantisedLinear):
+    """4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, "QLoRA", section 3), by bitsandbytes' kernels."""
+
+    @staticmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        import bitsandbytes.functional as bnb
+
+        wide = weight if weight.dtype in (torch.float32, torch.float16, torch.bfloat16) else weight.float()
+        narrow, state = bnb.quantize_4bit(wide.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+        return narrow, state.absmax
+
+    @staticmethod
+    def widen(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        state = bnb.QuantState(absmax=scale, shape=shape, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+        state.code = bnb.get_4bit_type("nf4", device=weight.device)
+        return bnb.dequantize_4bit(weight, state)
+
+
+KINDS: dict[str, type[QuantisedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
+
+
+def quantise(model: nn.Module, kind: str, within: Callable[[str], bool], device: torch.device | None = None) -> int:
+    """Replace the linear layers whose path satisfies `within`. kind: "fp8", "int8" or "nf4". Returns how many were replaced.
+
+    With `device` each layer is quantised there and comes back, so that a GPU does the work and holds one wide layer at a time.
+    """
+    layer_class = KINDS[kind]
+    replaced = 0
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and not isinstance(layer, QuantisedLinear) and within(path):
+            home = layer.weight.device
+            new = layer_class.of(layer.to(device) if device is not None else layer).to(home)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new)
+            replaced += 1
+    return replaced
+
+
+def in_joint_blocks(path: str) -> bool:
+    return path.startswith("joint_blocks.")

@@ -1,0 +1,55 @@
+"""From the command line's Namespace to the small frozen settings that the rooms below take. `args` goes no further."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+from library.memory.checkpointing import CheckpointSettings
+from library.sd3.flow import FlowSettings
+from library.training.loss import LossSettings
+
+
+def flow_settings(args: argparse.Namespace) -> FlowSettings:
+    return FlowSettings(
+        weighting_scheme=args.weighting_scheme,
+        timestep_sampling=args.timestep_sampling,
+        loss_weighting=args.loss_weighting,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        training_shift=args.training_shift,
+        resolution_shift=args.resolution_shift,
+        min_timestep=args.min_timestep or 0,
+        max_timestep=1000 if args.max_timestep is None else args.max_timestep,
+    )
+
+
+def loss_settings(args: argparse.Namespace) -> LossSettings:
+    return LossSettings(args.loss_type, args.huber_schedule, args.huber_c, args.huber_scale)
+
+
+def checkpoint_settings(args: argparse.Namespace) -> CheckpointSettings | None:
+    blocks = args.gradient_checkpointing_blocks
+    if not (args.gradient_checkpointing or args.cpu_offload_checkpointing or args.selective_checkpointing or blocks):
+        return None
+    return CheckpointSettings(blocks, args.selective_checkpointing, args.cpu_offload_checkpointing)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the run is, in optimizer steps."""
+
+    steps_per_epoch: int
+    max_steps: int
+    epochs: int
+
+
+def run_schedule(
+    batches_per_epoch: int, accumulation: int, max_train_steps: int, max_train_epochs: int | None
+) -> Schedule:
+    """batches_per_epoch: micro-batches of one process. An epoch's last optimizer step may be made of fewer of them."""
+    steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
+    max_steps = max_train_epochs * steps_per_epoch if max_train_epochs else max_train_steps
+    return Schedule(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))
