@@ -145,6 +145,8 @@ def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     weights (prodigy-plus), or float32 ones of bf16 weights, would go on from rounded or widened state.
     """
     optimizer.load_state_dict(saved)
+    if not {"state", "param_groups"} <= saved.keys():
+        return  # a wrapper around another optimizer, with a layout of its own
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):

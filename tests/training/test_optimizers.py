@@ -1,5 +1,6 @@
 """Every optimizer by name: takes steps, resumes to the bit, is checked before the run, and is logged truthfully."""
 
+import copy
 import importlib
 import importlib.util
 import io
@@ -33,11 +34,11 @@ def rate_for(name):
     return 1.0 if name.startswith("DAdapt") or "Prodigy" in name else 1e-2
 
 
-def make_parameters(dtype=torch.float32):
+def make_parameters(dtype=torch.float32, rank=16, width=320):
     """Like a LoRA: a random Down of over 4096 elements (bitsandbytes keeps smaller ones in 32 bits), an Up of zeros."""
     generator = torch.Generator().manual_seed(0)
-    down = nn.Parameter((torch.randn(16, 320, generator=generator) * 0.1).to(dtype))
-    return [down, nn.Parameter(torch.zeros(320, 16, dtype=dtype))]
+    down = nn.Parameter((torch.randn(rank, width, generator=generator) * 0.1).to(dtype))
+    return [down, nn.Parameter(torch.zeros(width, rank, dtype=dtype))]
 
 
 def build(name, parameters, args=()):
@@ -341,3 +342,23 @@ def test_a_schedule_free_warm_up_is_logged_as_it_acts():
     bundle = build("AdamWScheduleFree", parameters, ["warmup_steps=10"])
     take_steps(bundle, parameters, range(3))
     assert logged_rates(bundle.optimizer, ["a", "b"])["lr/a"] == pytest.approx(1e-2 * 3 / 10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_optimizer_of_pytorch_optimizer_resumes_or_is_refused_by_the_check():
+    import pytorch_optimizer
+
+    works, broken = [], []
+    for name in pytorch_optimizer.get_supported_optimizers():
+        path = f"pytorch_optimizer.{pytorch_optimizer.load_optimizer(name).__name__}"
+        if check_optimizer(path, []):
+            continue
+        unbroken, resumed = make_parameters(rank=4, width=12), make_parameters(rank=4, width=12)
+        take_steps(build(path, unbroken), unbroken, range(4))
+        bundle = build(path, resumed)
+        take_steps(bundle, resumed, range(2))
+        other = build(path, resumed)
+        other.load_state_dict(copy.deepcopy(bundle.state_dict()))
+        take_steps(other, resumed, range(2, 4))
+        (works if all(map(torch.equal, unbroken, resumed)) else broken).append(name)
+    assert not broken and len(works) > 100
