@@ -154,6 +154,8 @@ def _embedded(name: str, base: _File, problems: Problems) -> Part | None:
 def _separate(name: str, file: _File, problems: Problems) -> Part | None:
     """The part `name` of a file that was given for it."""
     prefixes = _prefixes(file.header, MARKS[name])
+    if not prefixes and name in ("clip_l", "clip_g"):
+        prefixes = _prefixes(file.header, MARKS[name].removeprefix("text_model."))
     named = [prefix for prefix in prefixes if name in prefix.split(".")]
     prefixes = named or prefixes
     if len(prefixes) == 1:

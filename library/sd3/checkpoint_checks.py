@@ -116,8 +116,9 @@ def text_width(part: Part) -> int:
 
 def pooled_width(part: Part) -> int:
     """Channels of a CLIP's pooled output: those of its projection, or of its tokens where it has none."""
-    if "text_projection.weight" in part.tensors:
-        return part.tensors["text_projection.weight"].shape[0]
-    if "text_projection" in part.tensors:  # stored transposed: tokens' width first
-        return part.tensors["text_projection"].shape[-1]
+    layer, bare = part.tensors.get("text_projection.weight"), part.tensors.get("text_projection")
+    if layer is not None and len(layer.shape) == 2:
+        return layer.shape[0]
+    if bare is not None and len(bare.shape) == 2:  # stored transposed: tokens' width first
+        return bare.shape[1]
     return text_width(part)

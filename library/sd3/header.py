@@ -83,7 +83,7 @@ class _Malformed(Exception):
 def _parsed(data: bytes, file_size: int) -> Header:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8, file_size - 8):
-        raise _Malformed(f"{_why_not_safetensors(data[:512], file_size, length)}")
+        raise _Malformed(f"it {_why_not_safetensors(data[:512], file_size, length)}")
     entries = _json_object(data[8 : 8 + length])
     metadata = _metadata(entries.pop("__metadata__", {}))
     tensors = {key: _tensor_info(key, entry) for key, entry in entries.items()}
@@ -92,6 +92,8 @@ def _parsed(data: bytes, file_size: int) -> Header:
 
 
 def _json_object(text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise _Malformed("the header is not a JSON object.")
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except UnicodeDecodeError:
@@ -100,9 +102,14 @@ def _json_object(text: bytes) -> dict[str, Any]:
         raise _Malformed("the header is nested too deeply.") from None
     except ValueError as error:  # JSON errors, and numbers of thousands of digits
         raise _Malformed(f"the header is not valid JSON ({_short(str(error))}).") from None
-    if type(value) is not dict:
-        raise _Malformed("the header is not a JSON object.")
+    if any(_is_broken(name) for name in value if not name.isascii()):
+        raise _Malformed("a tensor's name is not valid text.")
     return value
+
+
+def _is_broken(name: str) -> bool:
+    """Whether text holds half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    return any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

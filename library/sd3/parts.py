@@ -51,6 +51,10 @@ def make_part(
                 tensors[key] = header.tensors[outer + key]
                 elsewhere[key] = outer + key
     tensors, scales = _without_scales(tensors, prefix)
+    if name.startswith("clip") and "embeddings.token_embedding.weight" in tensors:
+        # transformers 5 saves a CLIPTextModel without the level that every other file has.
+        elsewhere = {"text_model." + key: prefix + key for key in tensors}
+        tensors = {"text_model." + key: info for key, info in tensors.items()}
     return Part(name, path, prefix, tensors, scales, elsewhere, pickled)
 
 

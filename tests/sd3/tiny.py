@@ -30,7 +30,24 @@ TOKENIZER_FOLDERS = {
     "clip_g": "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k",
     "t5xxl": "google_t5-v1_1-xxl",
 }
-WORDS = "a the of on red blue green cat dog house square circle photo painting small big".split()
+WORDS = [
+    "a",
+    "the",
+    "of",
+    "on",
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "house",
+    "square",
+    "circle",
+    "photo",
+    "painting",
+    "small",
+    "big",
+]
 Tensors = dict[str, Tensor]
 
 
@@ -61,7 +78,7 @@ def fill_with_noise(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)
-            if "norm" in name and name.endswith("weight") or name.endswith(("ln_q.weight", "ln_k.weight")):
+            if ("norm" in name and name.endswith("weight")) or name.endswith(("ln_q.weight", "ln_k.weight")):
                 tensor.copy_(1 + 0.1 * noise)
             elif tensor.dim() > 1 and "embedding" not in name and name not in ("pos_embed", "shared.weight"):
                 tensor.copy_(noise * tensor[0].numel() ** -0.5)

@@ -1,0 +1,182 @@
+"""The three tokenizers: from a folder of the user's, from beside the checkpoint, or from the Hugging Face Hub.
+
+Searched in this order, each tokenizer in a folder of its own, named as on the Hub with "/" written "_":
+1. `--tokenizer_cache_dir`
+2. `<checkpoint's name without .safetensors>_tokenizers` beside the checkpoint
+3. `tokenizers` beside the checkpoint
+4. `tokenizer` and `tokenizer_3` beside the checkpoint, as in a copy of the model's repository
+5. the Hub; the download is kept in `--tokenizer_cache_dir` where one is given.
+CLIP-G has CLIP-L's vocabulary, so CLIP-L's folder serves for it too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.options.errors import UserError
+
+HUB_NAMES = {
+    "clip_l": "openai/clip-vit-large-patch14",
+    "clip_g": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "t5xxl": "google/t5-v1_1-xxl",
+}
+MAX_T5_TOKENS = 512
+_CLIP_G_PAD_ID = 0  # CLIP-L and T5 have a padding token of their own
+_REPOSITORY_FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer", "t5xxl": "tokenizer_3"}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    inner: Any  # a transformers tokenizer
+    pad_id: int
+
+    def __call__(self, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """captions -> ids [B, length] and mask [B, length] (1 text, with its begin and end; 0 padding), both int64.
+
+        Longer captions are cut, the end token kept. Padding is done here, so that it never changes how "!" (CLIP-G's
+        padding token) is read in a caption.
+        """
+        rows = self.inner(list(captions), truncation=True, max_length=length, padding=False)["input_ids"]
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(rows), length), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[index, : len(row)] = 1
+        return ids, mask
+
+    def count(self, caption: str) -> int:
+        """Tokens of a caption before it is cut, begin and end included."""
+        return len(self.inner(caption, truncation=False)["input_ids"])
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.inner)
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """None for one whose encoder is not used."""
+
+    clip_l: Tokenizer | None
+    clip_g: Tokenizer | None
+    t5: Tokenizer | None
+
+
+def download(name: str) -> Any:
+    """The transformers tokenizer of an encoder from the Hub, or from the Hub's cache on this machine."""
+    try:
+        return _tokenizer_class(name).from_pretrained(HUB_NAMES[name], local_files_only=True)
+    except (OSError, ValueError):
+        return _tokenizer_class(name).from_pretrained(HUB_NAMES[name])
+
+
+def load_tokenizers(
+    cache_dir: str | Path | None,
+    beside: str | Path | None,
+    wanted: Sequence[str] = ("clip_l", "clip_g", "t5xxl"),
+    from_hub: Callable[[str], Any] = download,
+) -> Tokenizers:
+    """The tokenizers of the `wanted` encoders; `beside` is the checkpoint's path.
+
+    UserError tells where they were looked for and how to get them.
+    """
+    cache = Path(cache_dir).expanduser() if cache_dir else None
+    checkpoint = Path(beside) if beside else None
+    loaded: dict[str, Tokenizer] = {}
+    problems = []
+    for name in wanted:
+        try:
+            inner = _find(name, cache, checkpoint, from_hub)
+        except UserError as error:
+            problems += error.problems
+            continue
+        loaded[name] = Tokenizer(inner, _CLIP_G_PAD_ID if name == "clip_g" else inner.pad_token_id)
+    if problems:
+        raise UserError(problems)
+    return Tokenizers(loaded.get("clip_l"), loaded.get("clip_g"), loaded.get("t5xxl"))
+
+
+def vocabulary_problems(tokenizers: Tokenizers, vocabularies: Mapping[str, int]) -> list[str]:
+    """Where a tokenizer belongs to another model than its encoder; vocabularies: rows of the encoders' embeddings by name."""
+    problems = []
+    for name, tokenizer in (("clip_l", tokenizers.clip_l), ("clip_g", tokenizers.clip_g), ("t5xxl", tokenizers.t5)):
+        rows = vocabularies.get(name)
+        # T5 has some rows more than tokens: its table is rounded up.
+        if tokenizer is not None and rows is not None and not 0 <= rows - tokenizer.vocabulary <= rows // 10:
+            problems.append(
+                f"The tokenizer of {name} has {tokenizer.vocabulary} tokens, its text encoder {rows}: they belong to different"
+                " models. Give the right ones with --tokenizer_cache_dir."
+            )
+    return problems
+
+
+def folder_name(name: str) -> str:
+    """The folder of an encoder's tokenizer inside a folder of tokenizers."""
+    return HUB_NAMES[name].replace("/", "_")
+
+
+def _find(name: str, cache: Path | None, checkpoint: Path | None, from_hub: Callable[[str], Any]) -> Any:
+    for folder in _places(name, cache, checkpoint):
+        if folder.is_dir():
+            try:
+                return _tokenizer_class(name).from_pretrained(str(folder), local_files_only=True)
+            except Exception as error:  # a damaged tokenizer raises anything, JSON errors to panics of the Rust library
+                raise UserError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+    try:
+        tokenizer = from_hub(name)
+    except Exception as error:  # no network, no such file, a missing package: the remedy is one
+        raise UserError(
+            f"There is no tokenizer for {name}, and it cannot be downloaded ({_first_line(error)}). Put the files of"
+            f" https://huggingface.co/{HUB_NAMES[name]} (vocab.json and merges.txt, or spiece.model, or tokenizer.json)"
+            f" into {_first_place(name, cache, checkpoint)}."
+        ) from error
+    if cache is not None:
+        _keep(tokenizer, cache / folder_name(name))
+    return tokenizer
+
+
+def _places(name: str, cache: Path | None, checkpoint: Path | None) -> list[Path]:
+    names = [folder_name(name)] + ([folder_name("clip_l")] if name == "clip_g" else [])
+    roots = [cache] if cache is not None else []
+    if checkpoint is not None:
+        roots += [checkpoint.with_name(f"{checkpoint.stem}_tokenizers"), checkpoint.with_name("tokenizers")]
+    places = [root / folder for root in roots for folder in names]
+    return places + ([checkpoint.with_name(_REPOSITORY_FOLDERS[name])] if checkpoint is not None else [])
+
+
+def _first_place(name: str, cache: Path | None, checkpoint: Path | None) -> str:
+    if cache is not None:
+        return str(cache / folder_name(name))
+    beside = f"{checkpoint.with_name('tokenizers') / folder_name(name)}, or into " if checkpoint is not None else ""
+    return f"{beside}a folder {folder_name(name)} in the folder that --tokenizer_cache_dir names"
+
+
+def _tokenizer_class(name: str) -> Any:
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    return T5Tokenizer if name == "t5xxl" else CLIPTokenizer
+
+
+def _keep(tokenizer: Any, folder: Path) -> None:
+    """Save a downloaded tokenizer, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        tokenizer.save_pretrained(str(temporary))
+        if not folder.exists():  # another process may have been faster
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]
