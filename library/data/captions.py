@@ -83,10 +83,13 @@ class CaptionPipeline:
             prefix, suffix = expand_wildcards(prefix, choose), expand_wildcards(suffix, choose)
         else:
             line = lines[0]
+        marker = settings.keep_tokens_separator
+        if marker and (marker in prefix or marker in suffix):  # then they take part in the cut: "trigger |||"
+            line, prefix, suffix = f"{prefix} {line} {suffix}", "", ""
         body = cut(line).joined(settings.caption_separator) if self._must_cut(line) else line.strip()
         text = " ".join(part for part in (prefix, body, suffix) if part)
-        if settings.secondary_separator:
-            text = text.replace(settings.secondary_separator, settings.caption_separator)
+        if settings.secondary_separator and settings.secondary_separator in text:
+            text = joiner(settings.caption_separator).join(split(text, settings.secondary_separator))
         return text
 
     def _must_cut(self, line: str) -> bool:

@@ -39,6 +39,7 @@ def _range(value: object) -> object:
 Resolution = Annotated[tuple[int, int], BeforeValidator(_size)]
 FaceRange = Annotated[tuple[float, float], BeforeValidator(_range)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
@@ -55,7 +56,7 @@ class SharedKeys(Keys):
 
     num_repeats: int | None = None
     shuffle_caption: bool | None = None
-    caption_separator: Annotated[str, Field(min_length=1)] | None = None
+    caption_separator: Text | None = None
     keep_tokens: NotNegative | None = None
     keep_tokens_separator: str | None = None
     secondary_separator: str | None = None
@@ -78,7 +79,7 @@ class SharedKeys(Keys):
 class CaptionFileKeys(Keys):
     """Keys about caption files, which metadata style has no use for."""
 
-    caption_extension: Annotated[str, Field(min_length=1)] | None = None
+    caption_extension: Text | None = None
     class_tokens: str | None = None
 
 
@@ -120,18 +121,18 @@ class MaskDataset(DatasetKeys, CaptionFileKeys):
 
 
 class FolderSubset(SharedKeys, CaptionFileKeys, CacheKeys, AlphaKeys):
-    image_dir: str
+    image_dir: Text
     is_reg: bool | None = None
 
 
 class MetadataSubset(SharedKeys, CacheKeys, AlphaKeys):
-    metadata_file: str
-    image_dir: str | None = None
+    metadata_file: Text
+    image_dir: Text | None = None
 
 
 class MaskSubset(SharedKeys, CaptionFileKeys, CacheKeys):
-    image_dir: str
-    conditioning_data_dir: str
+    image_dir: Text
+    conditioning_data_dir: Text
 
 
 SUBSET_TABLES: dict[str, type[Keys]] = {"folder": FolderSubset, "metadata": MetadataSubset, "mask": MaskSubset}

@@ -1,0 +1,187 @@
+"""Scans subsets of the metadata style: a JSON or JSONL file that names images and holds their captions."""
+# ruff: noqa: PTH100, PTH109, PTH116, PTH117, PTH118, PTH122 - strings instead of Path objects, for speed and memory
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.data import headers, index_cache
+from library.data.captions import joiner
+from library.data.index_cache import IndexCache, Stamp
+from library.data.scan import Found, Scan, ScanOptions, read_sizes, some
+from library.data.settings import SubsetSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image of a metadata file, checked."""
+
+    image: str
+    caption: str
+    tags: str
+    size: tuple[int, int] | None  # as the file says; the image's header is what counts
+
+
+def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
+    """Scan the images that a metadata file names, in the order of their paths."""
+    scan = Scan()
+    path = subset.metadata_file or Path()
+    entries: dict[str, Entry] = {}
+    stamps: dict[str, Stamp] = {}
+    twice: list[str] = []
+    for entry in _read(path, subset, scan):
+        located = _locate(entry.image, subset, scan)
+        if located is None:
+            continue
+        image, stamp = located
+        if image in entries:
+            twice.append(entry.image)
+            continue
+        entries[image], stamps[image] = entry, stamp
+    cache_file = index_cache.cache_path(path, subset.cache_info, options.cache_dir)
+    known, fresh = index_cache.load(cache_file), IndexCache()
+    sizes = read_sizes("", stamps, known, fresh, options.workers, scan)
+    if fresh != known:
+        index_cache.save(cache_file, fresh)
+    for image in sorted(sizes):
+        text = full_caption(entries[image].caption, entries[image].tags, subset)
+        scan.images.append(Found(image, sizes[image], stamps[image], text))
+    _warn(scan, subset, entries, twice)
+    return scan
+
+
+def full_caption(caption: str, tags: str, subset: SubsetSettings) -> str:
+    """Caption and tags as one text; where wildcards are on and the caption has lines, the tags go to each of them."""
+    separator = joiner(subset.captions.caption_separator)
+    lines = [line for line in map(str.strip, caption.replace("\r", "\n").split("\n")) if line]
+    if not subset.captions.enable_wildcard:
+        lines = lines[:1]
+    return "\n".join(separator.join(part for part in (line, tags.strip()) if part) for line in lines or [""])
+
+
+def _read(path: Path, subset: SubsetSettings, scan: Scan) -> Iterator[Entry]:
+    """The valid entries of the file; every fault becomes a problem."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        scan.problems.append(f"{subset.name}: metadata_file {path} can't be read: {error.strerror or error}.")
+        return
+    except UnicodeDecodeError as error:
+        scan.problems.append(
+            f"{subset.name}: metadata_file {path} is not UTF-8 (byte {error.start}); save it as UTF-8."
+        )
+        return
+    rows = _json_lines(text, path, scan) if path.suffix.lower() == ".jsonl" else _json_object(text, path, scan)
+    for where, image, fields in rows:
+        entry = _entry(where, image, fields, scan)
+        if entry is not None:
+            yield entry
+
+
+def _json_object(text: str, path: Path, scan: Scan) -> Iterator[tuple[str, Any, Any]]:
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        scan.problems.append(f"{path}: {error}.")
+        return
+    if not isinstance(table, dict):
+        scan.problems.append(f"{path}: the file must hold one object with image paths as keys (or be called .jsonl).")
+        return
+    for image, fields in table.items():
+        yield f'{path}, key "{image}"', image, fields
+
+
+def _json_lines(text: str, path: Path, scan: Scan) -> Iterator[tuple[str, Any, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            scan.problems.append(f"{where}: {error.msg} (column {error.colno}).")
+            continue
+        yield where, fields.get("image_path") if isinstance(fields, dict) else None, fields
+
+
+def _entry(where: str, image: Any, fields: Any, scan: Scan) -> Entry | None:
+    """Check the types of one entry."""
+    if not isinstance(fields, dict) or not isinstance(image, str) or not image:
+        scan.problems.append(f'{where}: an entry must be an object, with an "image_path" in a .jsonl file.')
+        return None
+    caption, tags, size = fields.get("caption") or "", fields.get("tags") or "", fields.get("image_size")
+    if not isinstance(caption, str) or not isinstance(tags, str):
+        scan.problems.append(f"{where}: caption and tags must be text.")
+        return None
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
+        scan.problems.append(f"{where}: image_size must be [width, height], but it is {size!r}.")
+        return None
+    return Entry(image, caption, tags, (size[0], size[1]) if size else None)
+
+
+def _locate(image: str, subset: SubsetSettings, scan: Scan) -> tuple[str, Stamp] | None:
+    """The absolute path and the stamp of an image; None, told to `scan`, where it isn't there or lies outside image_dir.
+
+    A path is relative to image_dir; one that begins with image_dir itself is found too, and so is one without its extension.
+    """
+    if subset.image_dir is None:
+        if not os.path.isabs(image):
+            scan.problems.append(f"{subset.name}: the path {image} is relative, so the subset needs image_dir.")
+            return None
+        bases = [""]
+    else:
+        bases = [os.path.abspath(subset.image_dir), os.getcwd()]
+    outside = False
+    for base in bases:
+        path = os.path.normpath(os.path.join(base, image))
+        if subset.image_dir is not None and not path.startswith(os.path.join(bases[0], "")):
+            outside = outside or base == bases[0]
+            continue
+        for candidate in _with_extensions(path):
+            stamp = _stamp(candidate)
+            if stamp is not None:
+                return candidate, stamp
+    if outside:
+        scan.problems.append(f"{subset.name}: the path {image} leads out of image_dir = {subset.image_dir}.")
+    else:
+        scan.bad.append((os.path.join(bases[0], image), "does not exist, or can't be read"))
+    return None
+
+
+def _with_extensions(path: str) -> Iterator[str]:
+    yield path
+    if os.path.splitext(path)[1].lower() not in headers.EXTENSIONS | headers.OPTIONAL_EXTENSIONS:
+        for extension in sorted(headers.EXTENSIONS | headers.OPTIONAL_EXTENSIONS):
+            yield path + extension
+
+
+def _stamp(path: str) -> Stamp | None:
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return None
+    return (info.st_size, info.st_mtime_ns) if stat.S_ISREG(info.st_mode) else None
+
+
+def _warn(scan: Scan, subset: SubsetSettings, entries: dict[str, Entry], twice: list[str]) -> None:
+    if twice:
+        scan.warnings.append(f"{subset.name}: named twice, the first entry counts: {some(twice)}.")
+    if not scan.images and not scan.bad and not scan.problems:
+        scan.warnings.append(f"{subset.name}: the metadata file names no image.")
+    empty = [found.path for found in scan.images if not found.text]
+    if empty:
+        scan.warnings.append(f"{subset.name}: neither caption nor tags, so the caption is empty: {some(empty)}.")
+    other = [found.path for found in scan.images if _differs(entries[found.path].size, found.size)]
+    if other:
+        scan.warnings.append(f"{subset.name}: image_size is not the size of the file, which counts: {some(other)}.")
+
+
+def _differs(said: tuple[int, int] | None, found: tuple[int, int]) -> bool:
+    """Whether a size is another one; turned sides are allowed, as most tools write the size before EXIF orientation."""
+    return said is not None and sorted(said) != sorted(found)

@@ -1,0 +1,107 @@
+"""What scanning a source of images gives, and the reading of many small files that all sources share."""
+# ruff: noqa: PTH118 - strings instead of Path objects, for speed and memory
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from library.data.headers import BadImageError, image_size
+from library.data.index_cache import IndexCache, Stamp
+from library.data.settings import Size
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_CHUNK = 256  # files that a thread takes at once
+
+
+@dataclass(slots=True)
+class Found:
+    """An image as it lies on the disk."""
+
+    path: str
+    size: Size
+    stamp: Stamp
+    text: str  # the lines of its caption that aren't blank, joined by "\n"
+    mask_path: str | None = None
+
+
+@dataclass
+class Scan:
+    """What a source holds, and everything that is wrong with it."""
+
+    images: list[Found] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)  # path, reason; such an image isn't in `images`
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How to look: `workers` threads; index caches in `cache_dir`, or (None) beside the images of subsets with cache_info."""
+
+    workers: int
+    cache_dir: Path | None
+
+
+def read_sizes(
+    folder: str, stamps: Mapping[str, Stamp], known: IndexCache, fresh: IndexCache, workers: int, scan: Scan
+) -> dict[str, Size]:
+    """Sizes by name of the images that are the keys of `stamps`, from the cache `known` or from their headers.
+
+    Names are relative to `folder`, or absolute. Bad images go to `scan`, and what holds goes into `fresh`.
+    """
+    sizes: dict[str, Size] = {}
+    unknown: list[str] = []
+    for name, stamp in stamps.items():
+        size = known.image(name, stamp)
+        if size is None:
+            unknown.append(name)
+        else:
+            sizes[name] = size
+    shared: dict[Size, Size] = {}  # equal sizes are one object
+
+    def read(name: str) -> Size | str:
+        try:
+            return image_size(os.path.join(folder, name))
+        except BadImageError as error:
+            return str(error)
+
+    for name, size_or_reason in zip(unknown, in_threads(read, unknown, workers)):
+        if isinstance(size_or_reason, str):
+            scan.bad.append((os.path.join(folder, name), size_or_reason))
+        else:
+            sizes[name] = shared.setdefault(size_or_reason, size_or_reason)
+    for name, size in sizes.items():
+        fresh.images[name] = (stamps[name], size)
+    return sizes
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """Yield the results in the items' order. Threads will do, since what takes time is waiting for the disk."""
+    chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
+
+    def run(chunk: Sequence[Item]) -> list[Result]:
+        return [function(item) for item in chunk]
+
+    if len(chunks) < 2 or workers < 2:
+        for chunk in chunks:
+            yield from run(chunk)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:
+        for results in pool.map(run, chunks):
+            yield from results
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def as_text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
