@@ -82,40 +82,43 @@ def test_a_fused_step_is_skipped_without_reading_the_flag(monkeypatch):
     assert not torch.equal(made[0], before)
 
 
-def _reduce_on(rank, port, dtype, results):
+def _reduce_on(rank, port, results):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    made = parameters(dtype, seed=rank)
-    made[1].grad = None if rank == 0 else made[1].grad
-    made[2].grad = None
-    reducer = GradientReducer(made, 2)
-    storage = reducer.buffer.data_ptr()
-    reducer.all_reduce()
-    once = [each.grad.float().numpy().copy() for each in made]
-    reducer.all_reduce()  # equal gradients stay as they are, in the same buffer
-    again = all((each.grad.float().numpy() == kept).all() for each, kept in zip(made, once, strict=True))
-    results.put((rank, once, again and reducer.buffer.data_ptr() == storage, [str(each.grad.dtype) for each in made]))
+    for dtype in (torch.float32, torch.bfloat16):
+        made = parameters(dtype, seed=rank)
+        made[1].grad = None if rank == 0 else made[1].grad
+        made[2].grad = None
+        reducer = GradientReducer(made, 2)
+        storage = reducer.buffer.data_ptr()
+        reducer.all_reduce()
+        once = [each.grad.clone() for each in made]
+        reducer.all_reduce()  # equal gradients stay as they are, in the same buffer
+        stable = all(map(torch.equal, once, [each.grad for each in made])) and reducer.buffer.data_ptr() == storage
+        kept = all(each.grad.dtype == dtype for each in made)
+        results.put((rank, str(dtype), stable and kept, [each.float().numpy() for each in once]))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_processes_get_the_mean_gradient(dtype, unused_port):
+def test_two_processes_get_the_mean_gradient(unused_port):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    workers = [context.Process(target=_reduce_on, args=(rank, unused_port, dtype, results)) for rank in range(2)]
+    workers = [context.Process(target=_reduce_on, args=(rank, unused_port, results)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    got = {rank: rest for rank, *rest in (results.get(timeout=60) for _ in workers)}
+    got = [results.get(timeout=60) for _ in range(4)]
     for worker in workers:
         worker.join(timeout=60)
-    zero, one = parameters(dtype, seed=0), parameters(dtype, seed=1)
-    expected = [(zero[0].grad.float() + one[0].grad.float()) / 2, one[1].grad.float() / 2, torch.zeros(SHAPES[2])]
-    for rank in (0, 1):
-        gradients, stable, dtypes = got[rank]
-        assert stable and set(dtypes) == {str(dtype)}
-        for gradient, mean in zip(gradients, expected, strict=True):
-            assert (torch.from_numpy(gradient) == mean.to(dtype).float()).all()
+    for dtype in (torch.float32, torch.bfloat16):
+        zero, one = parameters(dtype, seed=0), parameters(dtype, seed=1)
+        means = [(zero[0].grad.float() + one[0].grad.float()) / 2, one[1].grad.float() / 2, torch.zeros(SHAPES[2])]
+        of_both = [(good, gradients) for _rank, name, good, gradients in got if name == str(dtype)]
+        assert len(of_both) == 2
+        for good, gradients in of_both:
+            assert good
+            for gradient, mean in zip(gradients, means, strict=True):
+                assert torch.equal(torch.from_numpy(gradient), mean.to(dtype).float())
 
 
 @pytest.fixture
