@@ -1,0 +1,102 @@
+"""DoRA: direction by LoRA, magnitude trained apart (Liu et al. 2024, "DoRA", section 4.1).
+
+    W' = m * (W + D) / ||W + D||_c,   D = scale * Up @ Down,   m [1, in] starts as ||W||_c
+
+||.||_c is the norm of each column, as in the paper: one magnitude per input. Files hold m as `dora_scale` [1, in] (convolution:
+[1, in, 1, 1]). That is the form on whose meaning readers agree: they divide by the merged weight's column norm. With one
+magnitude per output, [out, 1], ComfyUI divides by the norm of W alone. With strength s readers apply W + s * (W' - W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from networks.frozen_layers import FrozenLayer, dense_weight, left_product
+from networks.lora_layer import LayerSettings, LoRALayer
+
+EPSILON = torch.finfo(torch.float32).eps  # readers add it to the norm
+
+
+class DoRALayer(LoRALayer):
+    """A LoRA layer whose columns carry a trained magnitude.
+
+    Since W' x = (W + D) (m / norm * x), a pre-hook scales the frozen layer's input and the rest is LoRA: one product with W,
+    and no weight is ever merged. The norm needs Up' W, so W's values must be there when the layer runs: plain, swapped in or
+    quantised, but not on the meta device. The norm counts as a constant in the gradient (section 4.3).
+    """
+
+    base_squared: Tensor
+
+    def __init__(self, layer: FrozenLayer, settings: LayerSettings):
+        super().__init__(layer, settings)
+        squared = column_norms_squared(dense_weight(layer)).to("cpu")  # [1, in] or [1, in, 1, 1]
+        self.dora_scale = nn.Parameter(squared.sqrt())
+        self.register_buffer("base_squared", squared, persistent=False)
+        # of the forward under way, handed from the pre-hook to the hook: input, m / norm, kept by module dropout
+        self._input: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def attach(self) -> None:
+        if not self._handles:
+            self._handles.append(self.layer.register_forward_pre_hook(self._before_layer))
+            self._handles.append(self.layer.register_forward_hook(self._after_layer))
+
+    def file_tensors(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        magnitude = (values or {}).get("dora_scale", self.dora_scale)
+        return super().file_tensors(values) | {"dora_scale": magnitude}
+
+    @torch.no_grad()
+    def load_file_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_file_tensors(tensors)
+        self.dora_scale.copy_(tensors["dora_scale"])
+
+    @torch.no_grad()
+    def merged_norm(self) -> Tensor:
+        """||W + D||_c in float32, in the shape of dora_scale, without making W + D of a Linear.
+
+        Per column j: ||W_j||^2 + 2 <W_j, D_j> + ||D_j||^2, where <W_j, D_j> = scale * Down_j . (Up' W)_j.
+        """
+        factors = super().file_tensors()
+        down, up = factors["lora_down.weight"].float(), factors["lora_up.weight"].float().flatten(1)
+        if self.is_conv:
+            change = self.scale * torch.einsum("or,rihw->oihw", up, down)
+            return column_norms_squared(dense_weight(self.layer) + change).sqrt()
+        cross = (left_product(up.t(), self.layer) * down).sum(0)  # [in]
+        own = ((up.t() @ up) @ down * down).sum(0)  # [in]
+        return (self.base_squared.float() + 2 * self.scale * cross + self.scale**2 * own).clamp(min=0).sqrt()
+
+    def _before_layer(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self.enabled:
+            return None
+        x = args[0]
+        full = self.dora_scale.float() / (self.merged_norm() + EPSILON)
+        kept = super()._module_kept(x.device) if self.training and self.settings.module_dropout else None
+        self._input = (x, full, kept)
+        strength = self.multiplier if kept is None else self.multiplier * kept
+        applied = 1 + strength * (full - 1)
+        if not self.is_conv:
+            applied = applied[0]  # [in]
+        return ((x * applied).to(x.dtype), *args[1:])  # the product in float32: 1 + 1e-3 is 1 in bfloat16
+
+    def _after_layer(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        if not self.enabled:
+            return None
+        assert self._input is not None
+        out = self(self._input[0], out)
+        self._input = None
+        return out
+
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        assert self._input is not None
+        return super()._down(x, weight * self._input[1])
+
+    def _module_kept(self, device: torch.device) -> Tensor:
+        assert self._input is not None and self._input[2] is not None
+        return self._input[2]
+
+
+def column_norms_squared(weight: Tensor) -> Tensor:
+    """[out, in] -> [1, in]; [out, in, kh, kw] -> [1, in, 1, 1]; float32."""
+    return weight.float().square().sum(dim=[axis for axis in range(weight.dim()) if axis != 1], keepdim=True)

@@ -1,0 +1,148 @@
+"""The LoRA of a whole model: its layers by name, as the optimizer, the trainer and files see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from library.options.errors import UserError
+from networks.lora_layer import LoRALayer
+from networks.merging import merge_into
+from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups, parts_of, without_untrained_parts
+from networks.weight_files import compare_shapes, group_by_layer, in_dtype, read_network_file, write_network_file
+
+
+@dataclass(frozen=True)
+class NormReport:
+    """What `scale_weight_norms` did, as 0-dim tensors on the device: read them when the log does."""
+
+    keys_scaled: Tensor  # layers that were shrunk
+    average_norm: Tensor  # after shrinking
+    maximum_norm: Tensor
+
+    @classmethod
+    def of(cls, norms: list[Tensor], shrunk: list[Tensor]) -> NormReport:
+        all_norms = torch.stack(norms)
+        return cls(torch.stack(shrunk).sum(), all_norms.mean(), all_norms.max())
+
+
+class LoRANetwork(nn.Module):
+    """LoRA layers as submodules by LoRA name (`lora_unet_joint_blocks_0_x_block_attn_qkv`), in the order of creation.
+
+    `state_dict` is the trained state as it is, for resuming; `state_dict_for_saving` is what LoRA files hold. Nothing changes
+    the frozen model but hooks, between `attach` and `detach`, and `merge`.
+    """
+
+    def __init__(self, layers: Mapping[str, LoRALayer], plus: LoraPlus | None = None, multiplier: float = 1.0):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.plus = plus or LoraPlus()
+        self.set_multiplier(multiplier)
+
+    @property
+    def layers(self) -> dict[str, LoRALayer]:
+        return {name: cast(LoRALayer, layer) for name, layer in self.named_children()}
+
+    def attach(self) -> None:
+        """Let every layer act on its frozen layer. Doing it twice changes nothing."""
+        for layer in self.layers.values():
+            layer.attach()
+
+    def detach(self) -> None:
+        for layer in self.layers.values():
+            layer.detach()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """The strength of the following forwards: a dataset's network_multiplier, 1 for training and previews."""
+        self.multiplier = multiplier
+        for layer in self.layers.values():
+            layer.multiplier = multiplier
+
+    @contextmanager
+    def enabled(self, on: bool) -> Iterator[None]:
+        """With `on` False the forwards inside the block are the base model's; the state before comes back at its end."""
+        before = {layer: layer.enabled for layer in self.layers.values()}
+        for layer in before:
+            layer.enabled = on
+        try:
+            yield
+        finally:
+            for layer, value in before.items():
+                layer.enabled = value
+
+    @property
+    def trained_parts(self) -> set[str]:
+        """The prefixes in parameter_groups.PARTS of which there are layers."""
+        return parts_of(self.layers)
+
+    def parameter_groups(self, rates: LearningRates) -> list[dict[str, Any]]:
+        """The optimizer's groups {"params", "lr", "name"}; see parameter_groups.parameter_groups."""
+        return parameter_groups(self.layers, rates, self.plus)
+
+    def state_dict_for_saving(
+        self, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What a LoRA file holds, in `dtype` (None: as trained): copies on the CPU, so training may go on meanwhile.
+
+        weights: parameters by their names in `named_parameters` to save in place of the live ones, an EMA's say.
+        """
+        weights = weights or {}
+        tensors = {}
+        for name, layer in self.layers.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+            for suffix, tensor in layer.file_tensors(own).items():
+                tensors[f"{name}.{suffix}"] = in_dtype(tensor, dtype)
+        return tensors
+
+    def save_weights(
+        self, path: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a LoRA file atomically: .safetensors with metadata, or .pt and .ckpt by torch.save."""
+        write_network_file(path, self.state_dict_for_saving(dtype), metadata)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Go on from a LoRA file (--network_weights). UserError lists the names and shapes that don't fit; the file's alphas count."""
+        self.load_tensors(read_network_file(path), path)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+        """As `load_weights`, from tensors in memory; `where` names them in errors."""
+        found = group_by_layer(tensors, where)
+        found = without_untrained_parts(found, self.trained_parts, where)
+        flat = {f"{name}.{suffix}": tensor for name, layer in found.items() for suffix, tensor in layer.items()}
+        with torch.no_grad():
+            wanted = {
+                f"{name}.{suffix}": tuple(tensor.shape)
+                for name, layer in self.layers.items()
+                for suffix, tensor in layer.file_tensors().items()
+            }
+        problems = compare_shapes(wanted, flat, where)
+        if not problems:
+            misfits = [(name, layer.misfit(found[name])) for name, layer in self.layers.items()]
+            problems = [f"{where}: {name} {why}." for name, why in misfits if why]
+        if problems:
+            advice = "Give the same --network_dim and --network_args that made the file, or --dim_from_weights."
+            raise UserError([*problems, advice])
+        for name, layer in self.layers.items():
+            layer.load_file_tensors(found[name])
+
+    @torch.no_grad()
+    def scale_weight_norms(self, max_norm: float) -> NormReport:
+        """Cap the Frobenius norm of each layer's change, scale * Up @ Down, at max_norm (--scale_weight_norms)."""
+        if any(layer.settings.init == "pissa" for layer in self.layers.values()):
+            raise UserError("--scale_weight_norms can't cap a LoRA with init=pissa: leave one of them out.")
+        norms, shrunk = zip(*(layer.cap_norm(max_norm) for layer in self.layers.values()))
+        return NormReport.of(list(norms), list(shrunk))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add every change, at the current multiplier, to its frozen layer's weight for good, and let go of the layers."""
+        for layer in self.layers.values():
+            merge_into(layer.layer, layer.file_tensors(), layer.multiplier)
+        self.detach()

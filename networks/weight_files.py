@@ -1,0 +1,98 @@
+"""LoRA files in the kohya layout: `<lora name>.<suffix>` tensors, read with care and written whole."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.files import atomic_write, save_safetensors
+from library.options.errors import UserError
+from library.sd3.checkpoint import read_header
+
+PICKLED = (".pt", ".ckpt", ".bin", ".pth")
+LISTED = 10  # names that an error lists before it counts the rest
+
+
+def read_network_file(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a LoRA file, on the CPU. UserError where it is absent, damaged or holds other things than tensors."""
+    path = Path(path)
+    if path.suffix not in PICKLED:
+        from safetensors.torch import load_file
+
+        read_header(path)  # names what is wrong with the file
+        return load_file(str(path))
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} can't be read as a file of weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} is not a LoRA file: it holds other things than tensors by name.")
+    return dict(tensors)
+
+
+def write_network_file(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors atomically: safetensors with metadata, or torch.save for .pt and .ckpt, which have no place for metadata."""
+    path = Path(path)
+    if path.suffix in PICKLED:
+        with atomic_write(path) as temporary:
+            torch.save(dict(tensors), temporary)
+    else:
+        save_safetensors(path, tensors, metadata)
+
+
+def group_by_layer(tensors: Mapping[str, Tensor], where: str | Path) -> dict[str, dict[str, Tensor]]:
+    """{"name.suffix": tensor} -> {name: {suffix: tensor}}. UserError where names are not of the kohya layout."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        name, dot, suffix = key.partition(".")
+        if not dot or not name.startswith(("lora_unet_", "lora_te")):
+            strange.append(key)
+        layers.setdefault(name, {})[suffix] = tensor
+    if strange:
+        raise UserError(
+            f"{where}: names are not those of the kohya layout (lora_unet_….lora_down.weight): {listed(strange)}. "
+            "If it is a diffusers or PEFT file, convert it first with tools/convert_lora.py."
+        )
+    if not layers:
+        raise UserError(f"{where} holds no tensors.")
+    return layers
+
+
+def compare_shapes(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str | Path, optional: str = ".alpha"
+) -> list[str]:
+    """Differences between the tensors that a network has and those of a file, a sentence a kind. Names that end in `optional` may be absent."""
+    missing = [key for key in wanted if key not in found and not key.endswith(optional)]
+    unexpected = [key for key in found if key not in wanted]
+    wrong = [
+        f"{key} is {list(found[key].shape)}, here {list(wanted[key])}"
+        for key in wanted
+        if key in found and tuple(found[key].shape) != tuple(wanted[key])
+    ]
+    problems = []
+    for what, keys in (("lacks", missing), ("has, unknown here,", unexpected), ("differs in shape:", wrong)):
+        if keys:
+            problems.append(f"{where} {what} {listed(keys)}.")
+    return problems
+
+
+def listed(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy on the CPU in `dtype` (None: its own). A single number that `dtype` can't hold exactly stays float32."""
+    copy = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    if tensor.dim() == 0 and not torch.equal(copy.double(), tensor.detach().cpu().double()):
+        return tensor.detach().to("cpu", torch.float32, copy=True)
+    return copy
