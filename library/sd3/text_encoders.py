@@ -58,6 +58,7 @@ def load_t5(
         prefix = f"encoder.block.{index}."
         weights = _load(part, [key for key in sizes.tensors if key.startswith(prefix)], device, dtype, mmap)
         block.load_state_dict({key[len(prefix) :]: value for key, value in weights.items()}, strict=True, assign=True)
+        block.requires_grad_(False)
         if quantize is not None:
             quantize(block)
             mlp = block.layer[1].DenseReluDense

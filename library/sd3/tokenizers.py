@@ -31,6 +31,11 @@ HUB_NAMES = {
 }
 MAX_T5_TOKENS = 512
 _CLIP_G_PAD_ID = 0  # CLIP-L and T5 have a padding token of their own
+_VOCABULARY_FILES = {
+    "clip_l": "vocab.json and merges.txt",
+    "clip_g": "vocab.json and merges.txt",
+    "t5xxl": "spiece.model",
+}
 _REPOSITORY_FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer", "t5xxl": "tokenizer_3"}
 
 
@@ -71,19 +76,31 @@ class Tokenizers:
     t5: Tokenizer | None
 
 
-def download(name: str) -> Any:
-    """The transformers tokenizer of an encoder from the Hub, or from the Hub's cache on this machine."""
+def download(name: str) -> Path:
+    """The folder with an encoder's tokenizer from the Hub, or from the Hub's cache on this machine."""
+    from huggingface_hub import snapshot_download
+
+    files = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+    ]
     try:
-        return _tokenizer_class(name).from_pretrained(HUB_NAMES[name], local_files_only=True)
-    except (OSError, ValueError):
-        return _tokenizer_class(name).from_pretrained(HUB_NAMES[name])
+        folder = Path(snapshot_download(HUB_NAMES[name], allow_patterns=files, local_files_only=True))
+    except FileNotFoundError:
+        folder = Path(snapshot_download(HUB_NAMES[name], allow_patterns=files))
+    # A cache may hold the repository's other files alone.
+    return folder if _has_vocabulary(folder) else Path(snapshot_download(HUB_NAMES[name], allow_patterns=files))
 
 
 def load_tokenizers(
     cache_dir: str | Path | None,
     beside: str | Path | None,
     wanted: Sequence[str] = ("clip_l", "clip_g", "t5xxl"),
-    from_hub: Callable[[str], Any] = download,
+    from_hub: Callable[[str], Path] = download,
 ) -> Tokenizers:
     """The tokenizers of the `wanted` encoders; `beside` is the checkpoint's path.
 
@@ -124,24 +141,45 @@ def folder_name(name: str) -> str:
     return HUB_NAMES[name].replace("/", "_")
 
 
-def _find(name: str, cache: Path | None, checkpoint: Path | None, from_hub: Callable[[str], Any]) -> Any:
+def _find(name: str, cache: Path | None, checkpoint: Path | None, from_hub: Callable[[str], Path]) -> Any:
     for folder in _places(name, cache, checkpoint):
         if folder.is_dir():
-            try:
-                return _tokenizer_class(name).from_pretrained(str(folder), local_files_only=True)
-            except Exception as error:  # a damaged tokenizer raises anything, JSON errors to panics of the Rust library
-                raise UserError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+            return _from_folder(name, folder)
     try:
-        tokenizer = from_hub(name)
-    except Exception as error:  # no network, no such file, a missing package: the remedy is one
+        tokenizer = _from_folder(name, from_hub(name))
+    except OSError as error:  # no network, a server's refusal: huggingface_hub's errors are OSErrors
         raise UserError(
             f"There is no tokenizer for {name}, and it cannot be downloaded ({_first_line(error)}). Put the files of"
-            f" https://huggingface.co/{HUB_NAMES[name]} (vocab.json and merges.txt, or spiece.model, or tokenizer.json)"
+            f" https://huggingface.co/{HUB_NAMES[name]} ({_VOCABULARY_FILES[name]}, or a tokenizer.json)"
             f" into {_first_place(name, cache, checkpoint)}."
         ) from error
     if cache is not None:
         _keep(tokenizer, cache / folder_name(name))
     return tokenizer
+
+
+def _from_folder(name: str, folder: Path) -> Any:
+    """The tokenizer in a folder. transformers makes an empty one without a word where the files are absent: that is refused."""
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    if not _has_vocabulary(folder):
+        raise UserError(
+            f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor spiece.model."
+        )
+    kind: Any = T5Tokenizer if name == "t5xxl" else CLIPTokenizer
+    try:
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+        letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # a damaged tokenizer raises anything, from JSON errors to those of the Rust library
+        raise UserError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+    if not letter or tokenizer.unk_token_id in letter:
+        raise UserError(f"The tokenizer in {folder} does not know the letter a: its vocabulary is missing or damaged.")
+    return tokenizer
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    sets = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+    return any(all((folder / file).is_file() for file in files) for files in sets)
 
 
 def _places(name: str, cache: Path | None, checkpoint: Path | None) -> list[Path]:
@@ -158,12 +196,6 @@ def _first_place(name: str, cache: Path | None, checkpoint: Path | None) -> str:
         return str(cache / folder_name(name))
     beside = f"{checkpoint.with_name('tokenizers') / folder_name(name)}, or into " if checkpoint is not None else ""
     return f"{beside}a folder {folder_name(name)} in the folder that --tokenizer_cache_dir names"
-
-
-def _tokenizer_class(name: str) -> Any:
-    from transformers import CLIPTokenizer, T5Tokenizer
-
-    return T5Tokenizer if name == "t5xxl" else CLIPTokenizer
 
 
 def _keep(tokenizer: Any, folder: Path) -> None:
