@@ -21,18 +21,11 @@ class Listing:
     folder: str  # absolute
     images: dict[str, Stamp] = field(default_factory=dict)
     captions: dict[str, tuple[str, Stamp]] = field(default_factory=dict)  # by the stem that they belong to
+    links: list[str] = field(default_factory=list)  # those of the images that are symbolic links
     passed_over: dict[str, int] = field(
         default_factory=dict
     )  # extension -> number, of images in formats that can't be read
     broken: list[tuple[str, str]] = field(default_factory=list)  # path, reason: links that lead nowhere
-
-    def caption_of(self, image: str) -> str | None:
-        """The caption file of an image: that of its stem, or of the stem without four last parts (face coordinates)."""
-        stem = stem_of(image)
-        found = self.captions.get(stem)
-        if found is None and stem.count("_") >= 4:
-            found = self.captions.get(stem.rsplit("_", 4)[0])
-        return found[0] if found is not None else None
 
 
 def list_folder(folder: str, caption_extension: str | None = None) -> Listing:
@@ -42,34 +35,54 @@ def list_folder(folder: str, caption_extension: str | None = None) -> Listing:
     """
     listing = Listing(os.path.abspath(folder))
     usable = headers.usable_extensions()
+    caption_end = caption_extension.lower() if caption_extension else "\0"  # no name ends so
     with os.scandir(folder) as entries:
         for entry in entries:
-            lowered = entry.name.lower()
-            extension = os.path.splitext(lowered)[1]
-            is_caption = caption_extension is not None and lowered.endswith(caption_extension.lower())
-            if extension in usable or is_caption:
-                _add(listing, entry, caption_extension if is_caption else None)
-            elif extension in headers.OTHER_IMAGE_EXTENSIONS or extension in headers.OPTIONAL_EXTENSIONS:
-                listing.passed_over[extension] = listing.passed_over.get(extension, 0) + 1
+            name = entry.name
+            lowered = name.lower()
+            extension = lowered[lowered.rfind(".") :] if "." in lowered else ""
+            is_caption = lowered.endswith(caption_end)
+            if not is_caption and extension not in usable:
+                if extension in headers.OTHER_IMAGE_EXTENSIONS or extension in headers.OPTIONAL_EXTENSIONS:
+                    listing.passed_over[extension] = listing.passed_over.get(extension, 0) + 1
+                continue
+            try:
+                info = entry.stat()
+            except OSError as error:  # a broken link, or one in a loop
+                listing.broken.append((os.path.join(listing.folder, name), f"can't be read: {error.strerror or error}"))
+                continue
+            if not stat.S_ISREG(info.st_mode):
+                continue
+            stamp = (info.st_size, info.st_mtime_ns)
+            if is_caption:
+                stem = name[: -len(caption_end)]
+                if stem not in listing.captions or name.endswith(caption_extension or ""):  # ".txt" before ".TXT"
+                    listing.captions[stem] = (name, stamp)
+            else:
+                listing.images[name] = stamp
+                if entry.is_symlink():
+                    listing.links.append(name)
     return listing
 
 
-def _add(listing: Listing, entry: os.DirEntry[str], caption_extension: str | None) -> None:
-    """Put a file into the listing, as a caption where `caption_extension` is given, else as an image."""
-    try:
-        info = entry.stat()
-    except OSError as error:  # a broken link, or one in a loop
-        listing.broken.append((os.path.join(listing.folder, entry.name), f"can't be read: {error.strerror or error}"))
-        return
-    if not stat.S_ISREG(info.st_mode):
-        return
-    stamp = (info.st_size, info.st_mtime_ns)
-    if caption_extension is None:
-        listing.images[entry.name] = stamp
-        return
-    stem = entry.name[: -len(caption_extension)]
-    if stem not in listing.captions or entry.name.endswith(caption_extension):  # ".txt" before ".TXT"
-        listing.captions[stem] = (entry.name, stamp)
+def pair(listing: Listing) -> tuple[dict[str, str | None], list[str]]:
+    """The caption file of each image, in the order of the images' names, and the images whose stem another one had before.
+
+    A caption has the image's stem, or the stem without its four last parts (the face coordinates of face_crop_aug_range).
+    """
+    pairs: dict[str, str | None] = {}
+    twins: list[str] = []
+    stems: set[str] = set()
+    for image in sorted(listing.images):
+        stem = image[: image.rindex(".")]
+        if stem in stems:
+            twins.append(image)
+        stems.add(stem)
+        found = listing.captions.get(stem)
+        if found is None and stem.count("_") >= 4:
+            found = listing.captions.get(stem.rsplit("_", 4)[0])
+        pairs[image] = found[0] if found is not None else None
+    return pairs, twins
 
 
 def stem_of(name: str) -> str:

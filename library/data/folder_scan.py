@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from library.data import index_cache
-from library.data.folder import Listing, list_folder, stem_of
+from library.data.folder import Listing, list_folder, pair, stem_of
 from library.data.index_cache import IndexCache, Stamp
 from library.data.scan import Found, Scan, ScanOptions, as_text, in_threads, read_sizes, some
 from library.data.settings import Size, SubsetSettings
@@ -24,21 +24,27 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
     if listing is None:
         return scan
     cache_file = index_cache.cache_path(Path(listing.folder), subset.cache_info, options.cache_dir)
-    known, fresh = index_cache.load(cache_file), IndexCache()
-    sizes = read_sizes(listing.folder, listing.images, known, fresh, options.workers, scan)
-    texts = _read_captions(listing, known, fresh, options.workers, scan)
+    known = index_cache.load(cache_file)
+    pairs, twins = pair(listing)
+    used = set(pairs.values())
+    caption_stamps = {name: stamp for name, stamp in listing.captions.values() if name in used}
+    sizes = read_sizes(listing.folder, listing.images, known, options.workers, scan.bad)
+    texts = read_captions(listing.folder, caption_stamps, known, options.workers, scan.bad)
+    fresh = IndexCache(
+        {name: (listing.images[name], size) for name, size in sizes.items()},
+        {name: (caption_stamps[name], text) for name, text in texts.items()},
+    )
     if fresh != known:
         index_cache.save(cache_file, fresh)
-    for name in sorted(sizes):
-        caption = listing.caption_of(name)
-        if caption is None:
-            text = subset.class_tokens or ""
-        elif caption in texts:
-            text = texts[caption]
-        else:  # its caption can't be read, which is told already
+    base = os.path.join(listing.folder, "")
+    scan.links += [base + name for name in listing.links]
+    for name, caption in pairs.items():
+        if name not in sizes or (caption is not None and caption not in texts):  # told already
             continue
-        scan.images.append(Found(os.path.join(listing.folder, name), sizes[name], listing.images[name], text))
-    _warn(scan, subset, listing)
+        text = texts[caption] if caption is not None else subset.class_tokens or ""
+        scan.images.append(Found(base + name, sizes[name], listing.images[name], text))
+    _warn(scan, subset, listing, twins)
+    _warn_of_captions(scan, subset, pairs, texts)
     if subset.conditioning_data_dir is not None:
         _add_masks(scan, subset, options)
     return scan
@@ -69,65 +75,62 @@ def _listed(folder: Path | None, key: str, subset: SubsetSettings, scan: Scan) -
     return listing
 
 
-def _read_captions(listing: Listing, known: IndexCache, fresh: IndexCache, workers: int, scan: Scan) -> dict[str, str]:
-    """Texts by file name of all captions in use, from the cache or from their files; unreadable ones go to `scan`."""
-    used = {listing.caption_of(name) for name in listing.images}
-    stamps = {name: stamp for name, stamp in listing.captions.values() if name in used}
-    texts: dict[str, str] = {}
-    unknown: list[tuple[str, Stamp]] = []
-    for name, stamp in stamps.items():
-        text = known.caption(name, stamp)
-        if text is None:
-            unknown.append((name, stamp))
-        else:
-            texts[name] = text
+def read_captions(
+    folder: str, stamps: Mapping[str, Stamp], known: IndexCache, workers: int, bad: list[tuple[str, str]]
+) -> dict[str, str]:
+    """Texts by name of the caption files that are the keys of `stamps`, from the cache `known` or from the files.
 
-    def read(item: tuple[str, Stamp]) -> tuple[str, str]:
+    Files that can't be read are added to `bad`, as path and reason.
+    """
+    texts = {
+        name: entry[1] for name, stamp in stamps.items() if (entry := known.captions.get(name)) and entry[0] == stamp
+    }
+    unknown = [name for name in stamps if name not in texts] if len(texts) < len(stamps) else []
+
+    def read(name: str) -> tuple[str, str]:
         """(text, "") or ("", reason)."""
         try:
-            with open(os.path.join(listing.folder, item[0]), "rb", buffering=0) as file:
+            with open(os.path.join(folder, name), "rb", buffering=0) as file:
                 return caption_text(file.read()), ""
         except OSError as error:
             return "", f"can't be read: {error.strerror or error}"
         except ValueError as error:
             return "", str(error)
 
-    for (name, _), (text, reason) in zip(unknown, in_threads(read, unknown, workers)):
+    for name, (text, reason) in zip(unknown, in_threads(read, unknown, workers)):
         if reason:
-            scan.bad.append((os.path.join(listing.folder, name), f"the caption file {reason}"))
+            bad.append((os.path.join(folder, name), f"the caption file {reason}"))
         else:
             texts[name] = text
-    for name, text in texts.items():
-        fresh.captions[name] = (stamps[name], text)
     return texts
 
 
-def _warn(scan: Scan, subset: SubsetSettings, listing: Listing) -> None:
-    """Everything about a folder that is worth a word but no reason to stop."""
-
-    def say(text: str) -> None:
-        scan.warnings.append(f"{subset.name}: {text}.")
-
+def _warn(scan: Scan, subset: SubsetSettings, listing: Listing, twins: list[str]) -> None:
+    """What is odd about a folder, but no reason to stop."""
     for extension, number in sorted(listing.passed_over.items()):
-        say(f"{number} {extension} files are passed over, since that format can't be read here")
+        scan.warnings.append(
+            f"{subset.name}: {number} {extension} files are passed over, since that format can't be read here."
+        )
     if not scan.images and not scan.bad:
-        say(f"there is no image in {listing.folder}")
-    without, empty = [], []
-    for found in scan.images:
-        name = os.path.basename(found.path)
-        if listing.caption_of(name) is None:
-            without.append(name)
-        elif not found.text:
-            empty.append(name)
+        scan.warnings.append(f"{subset.name}: there is no image in {listing.folder}.")
+    if twins:
+        text = "these have the stem, and so the caption, of an image with another extension"
+        scan.warnings.append(f"{subset.name}: {text}: {some(twins)}.")
+
+
+def _warn_of_captions(
+    scan: Scan, subset: SubsetSettings, pairs: Mapping[str, str | None], texts: Mapping[str, str]
+) -> None:
+    """Which images have no caption file, and which an empty one."""
+    without = [name for name, caption in pairs.items() if caption is None]
     if without:
         instead = f'the class tokens "{subset.class_tokens}"' if subset.class_tokens else "an empty caption"
-        say(f"{len(without)} images have no {subset.caption_extension} file and get {instead}: {some(without)}")
+        scan.warnings.append(
+            f"{subset.name}: {len(without)} images have no {subset.caption_extension} file and get {instead}: {some(without)}."
+        )
+    empty = [name for name, text in texts.items() if not text]
     if empty:
-        say(f"the caption file is empty of {some(empty)}")
-    first: dict[str, str] = {}
-    twins = [name for name in sorted(listing.images) if first.setdefault(stem_of(name), name) != name]
-    if twins:
-        say(f"these have the stem, and so the caption, of an image with another extension: {some(twins)}")
+        scan.warnings.append(f"{subset.name}: empty caption files give empty captions: {some(sorted(empty))}.")
 
 
 def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None:
@@ -136,9 +139,10 @@ def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None
     if listing is None:
         return
     cache_file = index_cache.cache_path(Path(listing.folder), subset.cache_info, options.cache_dir)
-    known, fresh = index_cache.load(cache_file), IndexCache()
+    known = index_cache.load(cache_file)
     expected = {stem_of(found.path) for found in scan.images} | {stem_of(path) for path, _ in scan.bad}
-    sizes = read_sizes(listing.folder, listing.images, known, fresh, options.workers, scan)
+    sizes = read_sizes(listing.folder, listing.images, known, options.workers, scan.bad)
+    fresh = IndexCache({name: (listing.images[name], size) for name, size in sizes.items()})
     if fresh != known:
         index_cache.save(cache_file, fresh)
 

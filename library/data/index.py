@@ -22,18 +22,8 @@ __all__ = ["DatasetIndex", "ImageRecord", "IndexedDataset", "build_index"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_WORKERS = 8
-"""Threads. They wait for the disk most of the time, so the number of cores doesn't matter."""
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """An image of one dataset, before it is known whether it is trained or validated on."""
-
-    found: Found
-    fit: Fit
-    subset: int
-    validates: bool = False
+DEFAULT_WORKERS = 4
+"""Threads. More of them wait for a slow disk together, but get into each other's way where files are in memory already."""
 
 
 @dataclass
@@ -41,11 +31,13 @@ class _Findings:
     """Faults and remarks of all datasets; one fault of one folder that several datasets share is kept once."""
 
     bad: dict[str, str] = field(default_factory=dict)  # path -> reason
+    links: set[str] = field(default_factory=set)  # paths of images that are symbolic links
     problems: dict[str, None] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
 
     def take(self, scan: Scan) -> None:
         self.bad.update(scan.bad)
+        self.links.update(scan.links)
         self.problems.update(dict.fromkeys(scan.problems))
         self.warnings.update(dict.fromkeys(scan.warnings))
 
@@ -70,30 +62,28 @@ def build_index(
     findings = _Findings()
     options = ScanOptions(workers, cache_dir)
     scans: dict[tuple[object, ...], Scan] = {}
-    candidates = [_candidates(settings, options, scans, findings) for settings in datasets]
+    records = [_records(settings, options, scans, findings) for settings in datasets]
     scans.clear()
-    for settings, found in zip(datasets, candidates, strict=True):
-        _hold_out(settings, found, seed, findings)
-    trained, validated = _separate(datasets, candidates, findings)
-    training = [dataset for dataset in map(_training, datasets, trained) if dataset.records]
-    validation = [dataset for dataset in map(_validation, datasets, validated) if dataset.records]
-    if not training and not findings.problems:
-        reason = (
-            "all of them are held out for validation" if any(validated) else "no dataset holds one that can be used"
-        )
+    held = [_held_out(*pair, seed, findings) for pair in zip(datasets, records, strict=True)]
+    kept = _kept(datasets, records, held, findings)
+    training = [_training(settings, found) for settings, found in zip(datasets, kept, strict=True)]
+    validation = [_validation(settings, found) for settings, found in zip(datasets, held, strict=True)]
+    if not any(training) and not findings.problems:
+        reason = "all of them are held out for validation" if any(held) else "no dataset holds one that can be used"
         findings.problems[f"There are no images to train on: {reason}."] = None
     _raise_or_warn(findings, skip_bad_images)
-    images = sum(len(dataset.records) for dataset in [*training, *validation])
+    index = DatasetIndex([*filter(None, training)], [*filter(None, validation)], list(findings.warnings))
+    images = sum(len(dataset.records) for dataset in [*index.training, *index.validation])
     logger.info("Indexed %d images in %.1f s", images, time.perf_counter() - started)
-    return DatasetIndex(training, validation, list(findings.warnings))
+    return index
 
 
-def _candidates(
+def _records(
     settings: DatasetSettings, options: ScanOptions, scans: dict[tuple[object, ...], Scan], findings: _Findings
-) -> list[_Candidate]:
+) -> list[ImageRecord]:
     """The usable images of a dataset. Folders that another dataset has scanned aren't scanned again."""
     buckets = Buckets(settings)
-    candidates = []
+    records: list[ImageRecord] = []
     for number, subset in enumerate(settings.subsets):
         key = _scan_key(subset)
         if key not in scans:
@@ -101,13 +91,35 @@ def _candidates(
             findings.take(scans[key])
         for found in scans[key].images:
             try:
-                candidates.append(_Candidate(found, buckets.fit(found.size), number))
+                fit = buckets.fit(found.size)
             except BucketError as error:
                 findings.bad[found.path] = str(error)
-    if settings.subsets and not any(not settings.subsets[candidate.subset].is_reg for candidate in candidates):
-        what = "regularisation images alone" if candidates else "no image that can be used"
+            else:
+                records.append(_record(found, fit, subset, number))
+    if settings.subsets and all(record.is_reg for record in records):
+        what = "regularisation images alone" if records else "no image that can be used"
         findings.warnings[f"{settings.name} holds {what}."] = None
-    return candidates
+    return records
+
+
+def _record(found: Found, fit: Fit, subset: SubsetSettings, number: int) -> ImageRecord:
+    caption = found.text
+    if not subset.captions.enable_wildcard and "\n" in caption:
+        caption = caption[: caption.index("\n")]
+    return ImageRecord(
+        path=found.path,
+        size=found.size,
+        file_size=found.stamp[0],
+        mtime_ns=found.stamp[1],
+        caption=caption,
+        subset=number,
+        bucket=fit.bucket,
+        resized=fit.resized,
+        mask_path=found.mask_path,
+        repeats=subset.num_repeats,
+        is_reg=subset.is_reg,
+        loss_weight=subset.loss_weight,
+    )
 
 
 def _scan_key(subset: SubsetSettings) -> tuple[object, ...]:
@@ -118,53 +130,56 @@ def _scan_key(subset: SubsetSettings) -> tuple[object, ...]:
     return (*sources, *texts, *lines)
 
 
-def _hold_out(settings: DatasetSettings, candidates: list[_Candidate], seed: int, findings: _Findings) -> None:
-    """Mark the validation images of each subset. Regularisation images are never held out."""
+def _held_out(
+    settings: DatasetSettings, records: list[ImageRecord], seed: int, findings: _Findings
+) -> list[ImageRecord]:
+    """The validation images of a dataset, chosen in each subset alone. Regularisation images are never held out."""
     if settings.validation_split == 0:
-        return
+        return []
     seed = seed if settings.validation_seed is None else settings.validation_seed
-    marked = False
+    chosen: list[ImageRecord] = []
     for number, subset in enumerate(settings.subsets):
-        own = [candidate for candidate in candidates if candidate.subset == number and not subset.is_reg]
-        names = relative_names([candidate.found.path for candidate in own], subset)
-        for position in held_out(names, settings.validation_split, seed):
-            own[position].validates = marked = True
-    if candidates and not marked:
+        own = [record for record in records if record.subset == number and not subset.is_reg]
+        names = relative_names([record.path for record in own], subset)
+        chosen += [own[position] for position in sorted(held_out(names, settings.validation_split, seed))]
+    if records and not chosen:
         text = f"{settings.name}: validation_split = {settings.validation_split} holds out no image, there are too few."
         findings.warnings[text] = None
+    return chosen
 
 
-def _separate(
-    datasets: Sequence[DatasetSettings], candidates: list[list[_Candidate]], findings: _Findings
-) -> tuple[list[list[_Candidate]], list[list[_Candidate]]]:
-    """The images to train on and those to validate on, by dataset. What any dataset validates on, none trains on."""
-    validated = [[candidate for candidate in found if candidate.validates] for found in candidates]
-    if not any(validated):
-        return candidates, validated
-    identities = Identities()
-    taken = {identities.of(candidate.found.path) for found in validated for candidate in found}
-    trained = []
-    for settings, found in zip(datasets, candidates, strict=True):
-        rest = [candidate for candidate in found if not candidate.validates]
-        kept = [candidate for candidate in rest if identities.of(candidate.found.path) not in taken]
-        if len(kept) < len(rest):
-            text = f"{settings.name}: {len(rest) - len(kept)} images are not trained on, since they are validated on elsewhere."
+def _kept(
+    datasets: Sequence[DatasetSettings],
+    records: list[list[ImageRecord]],
+    held: list[list[ImageRecord]],
+    findings: _Findings,
+) -> list[list[ImageRecord]]:
+    """The images to train on, by dataset: none that any dataset validates on, under whatever path."""
+    if not any(held):
+        return records
+    identities = Identities(findings.links)
+    taken = {identities.of(record.path) for chosen in held for record in chosen}
+    result = []
+    for settings, found, chosen in zip(datasets, records, held, strict=True):
+        kept = [record for record in found if identities.of(record.path) not in taken]
+        elsewhere = len(found) - len(kept) - len(chosen)
+        if elsewhere:
+            text = f"{settings.name}: {elsewhere} images are not trained on, since they are validated on elsewhere."
             findings.warnings[text] = None
-        trained.append(kept)
-    return trained, validated
+        result.append(kept)
+    return result
 
 
-def _training(settings: DatasetSettings, candidates: list[_Candidate]) -> IndexedDataset:
+def _training(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedDataset | None:
     """The dataset as trained on. Regularisation images are repeated, or left out, so that they are as many as the others."""
-    own = [candidate for candidate in candidates if not settings.subsets[candidate.subset].is_reg]
-    regularisation = [candidate for candidate in candidates if settings.subsets[candidate.subset].is_reg]
-    records = [_record(candidate, settings, settings.subsets[candidate.subset].num_repeats) for candidate in own]
-    wanted = sum(record.repeats for record in records)
-    once = [settings.subsets[candidate.subset].num_repeats for candidate in regularisation]
-    for candidate, repeats in zip(regularisation, cycled(once, wanted), strict=True):
-        if repeats:
-            records.append(_record(candidate, settings, repeats))
-    return _dataset(settings, records)
+    own = [record for record in records if not record.is_reg]
+    regularisation = [record for record in records if record.is_reg]
+    wanted = sum(record.repeats for record in own)
+    for record, repeats in zip(
+        regularisation, cycled([record.repeats for record in regularisation], wanted), strict=True
+    ):
+        record.repeats = repeats
+    return _dataset(settings, [*own, *(record for record in regularisation if record.repeats)])
 
 
 def cycled(repeats: Sequence[int], wanted: int) -> list[int]:
@@ -179,36 +194,18 @@ def cycled(repeats: Sequence[int], wanted: int) -> list[int]:
     return [number + rounds + (position < rest) for position, number in enumerate(result)]
 
 
-def _validation(settings: DatasetSettings, candidates: list[_Candidate]) -> IndexedDataset:
+def _validation(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedDataset | None:
     """The dataset as validated on: each image once, wildcards of its caption at their first choice."""
-    records = [_record(candidate, settings, repeats=1) for candidate in candidates]
     for record in records:
+        record.repeats = 1
         record.caption = first_choices(record.caption, settings.subsets[record.subset].captions)
     return _dataset(validation_settings(settings), records)
 
 
-def _record(candidate: _Candidate, settings: DatasetSettings, repeats: int) -> ImageRecord:
-    subset, found = settings.subsets[candidate.subset], candidate.found
-    caption = found.text
-    if not subset.captions.enable_wildcard and "\n" in caption:
-        caption = caption[: caption.index("\n")]
-    return ImageRecord(
-        path=found.path,
-        size=found.size,
-        file_size=found.stamp[0],
-        mtime_ns=found.stamp[1],
-        caption=caption,
-        subset=candidate.subset,
-        bucket=candidate.fit.bucket,
-        resized=candidate.fit.resized,
-        mask_path=found.mask_path,
-        repeats=repeats,
-        is_reg=subset.is_reg,
-        loss_weight=subset.loss_weight,
-    )
-
-
-def _dataset(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedDataset:
+def _dataset(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedDataset | None:
+    """The records by buckets; None where there are none."""
+    if not records:
+        return None
     buckets: dict[Size, list[int]] = {}
     for number, record in enumerate(records):
         buckets.setdefault(record.bucket, []).append(number)

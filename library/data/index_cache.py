@@ -36,14 +36,6 @@ class IndexCache:
     images: dict[str, tuple[Stamp, Size]] = field(default_factory=dict)
     captions: dict[str, tuple[Stamp, str]] = field(default_factory=dict)
 
-    def image(self, name: str, stamp: Stamp) -> Size | None:
-        entry = self.images.get(name)
-        return entry[1] if entry is not None and entry[0] == stamp else None
-
-    def caption(self, name: str, stamp: Stamp) -> str | None:
-        entry = self.captions.get(name)
-        return entry[1] if entry is not None and entry[0] == stamp else None
-
 
 def cache_path(source: Path, beside: bool, cache_dir: Path | None) -> Path | None:
     """Where the index cache of `source` (an image folder or a metadata file) lies: in `cache_dir`, else beside it, else nowhere."""

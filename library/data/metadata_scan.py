@@ -1,5 +1,5 @@
 """Scans subsets of the metadata style: a JSON or JSONL file that names images and holds their captions."""
-# ruff: noqa: PTH100, PTH109, PTH116, PTH117, PTH118, PTH122 - strings instead of Path objects, for speed and memory
+# ruff: noqa: PTH100, PTH109, PTH114, PTH116, PTH117, PTH118, PTH122 - strings instead of Path objects, for speed and memory
 
 from __future__ import annotations
 
@@ -45,13 +45,16 @@ def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
             continue
         entries[image], stamps[image] = entry, stamp
     cache_file = index_cache.cache_path(path, subset.cache_info, options.cache_dir)
-    known, fresh = index_cache.load(cache_file), IndexCache()
-    sizes = read_sizes("", stamps, known, fresh, options.workers, scan)
+    known = index_cache.load(cache_file)
+    sizes = read_sizes("", stamps, known, options.workers, scan.bad)
+    fresh = IndexCache({image: (stamps[image], size) for image, size in sizes.items()})
     if fresh != known:
         index_cache.save(cache_file, fresh)
     for image in sorted(sizes):
         text = full_caption(entries[image].caption, entries[image].tags, subset)
         scan.images.append(Found(image, sizes[image], stamps[image], text))
+        if os.path.islink(image):
+            scan.links.append(image)
     _warn(scan, subset, entries, twice)
     return scan
 

@@ -35,6 +35,7 @@ class Scan:
     """What a source holds, and everything that is wrong with it."""
 
     images: list[Found] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)  # paths of images that are symbolic links
     bad: list[tuple[str, str]] = field(default_factory=list)  # path, reason; such an image isn't in `images`
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -49,20 +50,16 @@ class ScanOptions:
 
 
 def read_sizes(
-    folder: str, stamps: Mapping[str, Stamp], known: IndexCache, fresh: IndexCache, workers: int, scan: Scan
+    folder: str, stamps: Mapping[str, Stamp], known: IndexCache, workers: int, bad: list[tuple[str, str]]
 ) -> dict[str, Size]:
     """Sizes by name of the images that are the keys of `stamps`, from the cache `known` or from their headers.
 
-    Names are relative to `folder`, or absolute. Bad images go to `scan`, and what holds goes into `fresh`.
+    Names are relative to `folder`, or absolute. Images that can't be used are added to `bad`, as path and reason.
     """
-    sizes: dict[str, Size] = {}
-    unknown: list[str] = []
-    for name, stamp in stamps.items():
-        size = known.image(name, stamp)
-        if size is None:
-            unknown.append(name)
-        else:
-            sizes[name] = size
+    sizes = {
+        name: entry[1] for name, stamp in stamps.items() if (entry := known.images.get(name)) and entry[0] == stamp
+    }
+    unknown = [name for name in stamps if name not in sizes] if len(sizes) < len(stamps) else []
     shared: dict[Size, Size] = {}  # equal sizes are one object
 
     def read(name: str) -> Size | str:
@@ -73,11 +70,9 @@ def read_sizes(
 
     for name, size_or_reason in zip(unknown, in_threads(read, unknown, workers)):
         if isinstance(size_or_reason, str):
-            scan.bad.append((os.path.join(folder, name), size_or_reason))
+            bad.append((os.path.join(folder, name), size_or_reason))
         else:
             sizes[name] = shared.setdefault(size_or_reason, size_or_reason)
-    for name, size in sizes.items():
-        fresh.images[name] = (stamps[name], size)
     return sizes
 
 

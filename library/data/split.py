@@ -1,12 +1,12 @@
 """Which images are held out for validation, and how they are fed."""
-# ruff: noqa: PTH100, PTH114, PTH118 - strings instead of Path objects, for speed and memory
+# ruff: noqa: PTH100, PTH118 - strings instead of Path objects, for speed and memory
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from library.data.captions import without_chance
@@ -36,18 +36,22 @@ def relative_names(paths: Sequence[str], subset: SubsetSettings) -> list[str]:
 
 
 class Identities:
-    """Tells whether two paths are one image, through links of folders and files and whatever the case on Windows."""
+    """Tells whether two paths are one image, through links of folders and files and whatever the case on Windows.
 
-    def __init__(self) -> None:
+    `links` are the paths that are symbolic links themselves: to ask the disk for each path would take long.
+    """
+
+    def __init__(self, links: Iterable[str]) -> None:
+        self._links = set(links)
         self._folders: dict[str, str] = {}
 
     def of(self, path: str) -> str:
-        if os.path.islink(path):
+        if path in self._links:
             return os.path.normcase(os.path.realpath(path))
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition(os.sep)
         if folder not in self._folders:
-            self._folders[folder] = os.path.realpath(folder)
-        return os.path.normcase(os.path.join(self._folders[folder], name))
+            self._folders[folder] = os.path.join(os.path.realpath(folder + os.sep), "")
+        return os.path.normcase(self._folders[folder] + name)
 
 
 def validation_settings(settings: DatasetSettings) -> DatasetSettings:

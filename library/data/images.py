@@ -1,0 +1,160 @@
+"""From an image file to the pixels that are fed: opened, turned upright, scaled to cover its bucket, cropped."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from library.data.augment import change_colors
+from library.data.buckets import cover
+from library.data.records import ImageRecord
+from library.data.settings import Size, SubsetSettings
+from library.options.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image, Resampling
+
+FACE_IN_NAME = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")  # centre x, centre y, width, height, in pixels of the file
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One image as it is fed."""
+
+    image: np.ndarray  # [H, W, 3] uint8
+    mask: np.ndarray | None  # [H, W] uint8, 255 counts fully
+    crop: tuple[int, int]  # left, top of the crop in the scaled image
+    resized: Size  # (W, H) of the scaled image
+
+
+def read_pixels(record: ImageRecord, subset: SubsetSettings, rng: random.Random) -> Pixels:
+    """Open, scale and crop a record's image and mask, with the random crop, face crop and colour changes of its subset.
+
+    Flipping is left to the caller, because cached latents are flipped too. UserError names an image that cannot be read.
+    """
+    image = open_image(record.path)
+    mask = mask_of(image, record, subset)
+    image = image.convert("RGB")
+    face = FACE_IN_NAME.search(Path(record.path).stem)
+    if subset.face_crop_aug_range is not None and face is not None:
+        resized, (left, top) = face_window(record, subset, tuple(map(int, face.groups())), rng)
+    else:
+        resized = record.resized
+        spare = resized[0] - record.bucket[0], resized[1] - record.bucket[1]
+        left, top = (
+            (rng.randint(0, spare[0]), rng.randint(0, spare[1]))
+            if subset.random_crop
+            else (spare[0] // 2, spare[1] // 2)
+        )
+    window = (left, top, left + record.bucket[0], top + record.bucket[1])
+    image = image.resize(resized, resampling(image.size, resized, subset.resize_interpolation)).crop(window)
+    if mask is not None:
+        mask = mask.resize(resized, resampling(mask.size, resized, "area")).crop(window)
+    if subset.color_aug:
+        image = change_colors(image, rng)
+    return Pixels(np.asarray(image), None if mask is None else np.asarray(mask), (left, top), resized)
+
+
+def open_image(path: str) -> Image:
+    """The first frame of an image file, upright (EXIF), in mode RGB, RGBA or L. UserError if it cannot be read."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I") or image.mode == "F":
+                return _from_wide(image)
+            if image.mode == "P" or "transparency" in image.info:
+                return image.convert("RGBA")
+            return (
+                image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA" if "A" in image.mode else "RGB")
+            )
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path}: this image cannot be read ({error}). Mend or remove it, or pass --skip_bad_images."
+        ) from error
+
+
+def mask_of(image: Image, record: ImageRecord, subset: SubsetSettings) -> Image | None:
+    """The image's loss mask in mode L, of the image's size: the red channel of its mask file, or its alpha channel.
+
+    An image without an alpha channel counts fully.
+    """
+    from PIL import Image
+
+    if record.mask_path is not None:
+        mask = open_image(record.mask_path).convert("RGB").getchannel(0)
+        return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BOX)
+    if not subset.alpha_mask:
+        return None
+    return image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
+
+
+def resampling(size: Size, target: Size, name: str | None) -> Resampling:
+    """Pillow's filter for a `resize_interpolation` name. None: box (area) where both sides shrink, else Lanczos.
+
+    Pillow widens its filters when it shrinks, so that bilinear and bicubic don't alias as OpenCV's do. "area" is the mean
+    over the covered area when shrinking; when a side grows it is bilinear, as in OpenCV.
+    """
+    from PIL.Image import Resampling
+
+    shrinks = target[0] <= size[0] and target[1] <= size[1]
+    if name is None:
+        return Resampling.BOX if shrinks else Resampling.LANCZOS
+    if name == "area":
+        return Resampling.BOX if shrinks else Resampling.BILINEAR
+    return {
+        "lanczos": Resampling.LANCZOS,
+        "nearest": Resampling.NEAREST,
+        "bilinear": Resampling.BILINEAR,
+        "linear": Resampling.BILINEAR,
+        "bicubic": Resampling.BICUBIC,
+        "cubic": Resampling.BICUBIC,
+        "box": Resampling.BOX,
+    }[name]
+
+
+def face_window(
+    record: ImageRecord, subset: SubsetSettings, face: tuple[int, ...], rng: random.Random
+) -> tuple[Size, tuple[int, int]]:
+    """Scale and crop around a face: (W, H) to scale the image to, and the crop's (left, top).
+
+    The scale is drawn so that the face's longer side becomes a share of the crop's shorter side within
+    1/range[1] .. 1/range[0], but the image always covers the crop and is never enlarged beyond that.
+    """
+    assert subset.face_crop_aug_range is not None
+    width, height = record.size
+    target = record.bucket
+    face_size, short = max(face[2], face[3], 1), min(target)
+    covering = max(target[0] / width, target[1] / height)
+    smallest = max(covering, min(1.0, short / (face_size * subset.face_crop_aug_range[1])))
+    largest = max(smallest, min(1.0, short / (face_size * subset.face_crop_aug_range[0])))
+    scale = rng.uniform(smallest, largest)
+    least = cover(record.size, target)
+    resized = max(least[0], int(width * scale + 0.5)), max(least[1], int(height * scale + 0.5))
+    place = []
+    for length, side, centre in zip(resized, target, (face[0] * scale, face[1] * scale)):
+        start = int(centre) - side // 2
+        if subset.random_crop:
+            reach = int(max(length - centre, centre))
+            start += rng.randint(0, reach) + rng.randint(0, reach) - reach  # most often near the face
+        elif smallest < largest:
+            jitter = int(face_size * scale) // 20
+            start += rng.randint(-jitter, jitter)
+        place.append(max(0, min(start, length - side)))
+    return resized, (place[0], place[1])
+
+
+def _from_wide(image: Image) -> Image:
+    """16-bit and float images to 8 bits; Pillow's own conversion would cut off instead of scaling."""
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float32)
+    largest = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=0.0)))
+    return Image.fromarray((np.clip(values / largest, 0, 1) * 255 + 0.5).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,209 @@
+"""Latents made once: in memory, or in files that the next run finds again.
+
+Latents are kept raw, as the VAE gives them, one draw of its posterior an image. With flip_aug the mirrored image has its
+own latents, and with masks the mask at latent size goes along.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.data.cache_files import (
+    FORMAT,
+    cache_path,
+    check_writable,
+    content_hash,
+    read_cache,
+    read_made_from,
+    write_cache,
+)
+from library.data.images import Pixels, read_pixels
+from library.data.records import ImageRecord, IndexedDataset
+from library.data.settings import SubsetSettings
+from library.options.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+EncodeImages = Callable[[Tensor], Tensor]
+"""images [B, 3, H, W] float32 in -1..1 -> raw latents [B, 16, H / 8, W / 8]."""
+Wrap = Callable[[Sequence[Any], str], Any]
+"""(batches, title) -> the batches behind a progress bar."""
+LATENT_CELL = 8
+
+
+@dataclass(frozen=True)
+class LatentCacheSettings:
+    fingerprint: str  # of the VAE and the dtype it works in
+    on_disk: bool = False
+    cache_dir: Path | None = None
+    trust: bool = False  # take files that exist without opening them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image of a dataset, for the cache."""
+
+    dataset: int
+    number: int
+    record: ImageRecord
+    subset: SubsetSettings
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.dataset, self.number
+
+
+class LatentCache:
+    """Latents of all images of some datasets. `get` after `fill`."""
+
+    def __init__(self, datasets: Sequence[IndexedDataset], settings: LatentCacheSettings):
+        self.settings = settings
+        self.entries = {
+            (d, n): Entry(d, n, record, dataset.subset_of(record))
+            for d, dataset in enumerate(datasets)
+            for n, record in enumerate(dataset.records)
+        }
+        self.memory: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def get(self, dataset: int, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
+        """latents [16, h, w] float32 and the mask [1, h, w] (None without one)."""
+        found = self.memory.get((dataset, number))
+        if found is None:
+            found = read_cache(self._path(self.entries[dataset, number]))
+        mask = found.get("mask")
+        if flipped:
+            return found["latents_flipped"], None if mask is None else mask.flip(-1)
+        return found["latents"], mask
+
+    def missing(self) -> list[Entry]:
+        """The images whose latents are not there, or are stale."""
+        if not self.settings.on_disk:
+            return [entry for entry in self.entries.values() if entry.key not in self.memory]
+        if self.settings.trust:
+            return [entry for entry in self.entries.values() if not self._path(entry).exists()]
+        with ThreadPoolExecutor(8) as pool:
+            fresh = pool.map(self._is_fresh, self.entries.values())
+            return [entry for entry, is_fresh in zip(self.entries.values(), fresh) if not is_fresh]
+
+    def check(self, missing: Sequence[Entry]) -> list[str]:
+        """Problems that would stop `fill`: folders that cannot be written."""
+        return check_writable({self._path(entry).parent for entry in missing}) if self.settings.on_disk else []
+
+    def fill(
+        self, missing: Sequence[Entry], encode: EncodeImages, batch_size: int, wrap: Wrap, workers: int = 4
+    ) -> None:
+        """Encode the missing images, batches of one size at a time; images are decoded ahead in threads."""
+        batches = list(_batched(missing, batch_size))
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            ahead = _ahead(pool, batches, depth=max(2, workers // max(1, batch_size)) + 1)
+            for batch in wrap(batches, "Caching latents"):
+                self._encode(batch, next(ahead), encode)
+
+    def _encode(self, batch: Sequence[Entry], pixels: Sequence[Pixels], encode: EncodeImages) -> None:
+        images = to_tensor([p.image for p in pixels])
+        latents = encode(images).float().cpu()
+        flips = [index for index, entry in enumerate(batch) if entry.subset.flip_aug]
+        flipped = dict(zip(flips, encode(images[flips].flip(-1)).float().cpu())) if flips else {}
+        for index, (entry, pixel) in enumerate(zip(batch, pixels)):
+            tensors = {"latents": latents[index].clone()}
+            if index in flipped:
+                tensors["latents_flipped"] = flipped[index].clone()
+            if pixel.mask is not None:
+                tensors["mask"] = shrink_mask(pixel.mask)
+            if not all(torch.isfinite(t).all() for t in tensors.values()):
+                raise UserError(
+                    f"{entry.record.path}: its latents are not finite. Use --no_half_vae, or remove the image."
+                )
+            if self.settings.on_disk:
+                write_cache(self._path(entry), tensors, self._made_from(entry, content_hash(entry.record.path)))
+            else:
+                self.memory[entry.key] = tensors
+
+    def _path(self, entry: Entry) -> Path:
+        width, height = entry.record.bucket
+        return cache_path(entry.record.path, f"{width}x{height}.latents", self.settings.cache_dir)
+
+    def _made_from(self, entry: Entry, content: str) -> dict[str, Any]:
+        record, subset = entry.record, entry.subset
+        return {
+            "content": content,
+            "file_size": record.file_size,
+            "mtime_ns": record.mtime_ns,
+            "size": list(record.size),
+            "bucket": list(record.bucket),
+            "resized": list(record.resized),
+            "interpolation": subset.resize_interpolation,
+            "flipped": subset.flip_aug,
+            "mask": _mask_facts(record, subset),
+            "vae": self.settings.fingerprint,
+        }
+
+    def _is_fresh(self, entry: Entry) -> bool:
+        """Same size and time, or same content: a copied data set keeps its caches."""
+        found = read_made_from(self._path(entry))
+        if found is None:
+            return False
+        wanted: dict[str, Any] = {"format": FORMAT, **self._made_from(entry, found.get("content", ""))}
+        if entry.subset.flip_aug is False:
+            wanted["flipped"] = found.get("flipped")  # a mirrored copy more does no harm
+        if found == wanted:
+            return True
+        same_but_time = {**found, "mtime_ns": None} == {**wanted, "mtime_ns": None}
+        return same_but_time and content_hash(entry.record.path) == found["content"]
+
+
+def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
+    """[H, W, 3] uint8 each -> [B, 3, H, W] float32 in -1..1."""
+    stacked = torch.from_numpy(np.stack(images))
+    return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def shrink_mask(mask: np.ndarray) -> Tensor:
+    """[H, W] uint8 -> [1, H/8, W/8] float32 in 0..1, each cell the mean of its area."""
+    wide = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
+    return F.interpolate(wide, (mask.shape[0] // LATENT_CELL, mask.shape[1] // LATENT_CELL), mode="area")[0]
+
+
+def _mask_facts(record: ImageRecord, subset: SubsetSettings) -> Any:
+    if record.mask_path is None:
+        return subset.alpha_mask
+    try:
+        status = Path(record.mask_path).stat()
+    except OSError:
+        return record.mask_path
+    return [Path(record.mask_path).name, status.st_size, status.st_mtime_ns]
+
+
+def _batched(missing: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
+    """Batches of one bucket each, in a steady order."""
+    by_size: dict[tuple[int, int], list[Entry]] = {}
+    for entry in missing:
+        by_size.setdefault(entry.record.bucket, []).append(entry)
+    for entries in by_size.values():
+        for start in range(0, len(entries), batch_size):
+            yield entries[start : start + batch_size]
+
+
+def _ahead(pool: ThreadPoolExecutor, batches: Sequence[Sequence[Entry]], depth: int) -> Iterator[list[Pixels]]:
+    """The pixels of each batch, with up to `depth` batches being decoded ahead."""
+    waiting = [[pool.submit(_read, entry) for entry in batch] for batch in batches[:depth]]
+    for place in range(len(batches)):
+        futures = waiting.pop(0)
+        if place + depth < len(batches):
+            waiting.append([pool.submit(_read, entry) for entry in batches[place + depth]])
+        yield [future.result() for future in futures]
+
+
+def _read(entry: Entry) -> Pixels:
+    return read_pixels(entry.record, entry.subset, random.Random(0))

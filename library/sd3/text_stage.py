@@ -1,0 +1,149 @@
+"""The text encoders at work: one after another when captions are encoded ahead, together when they are encoded live."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.sd3.checkpoint import ModelFiles, fingerprint
+from library.sd3.conditioning import TextEncoding, TextSettings, encode_captions
+from library.sd3.text_encoders import load_clip, load_t5
+from library.sd3.tokenizers import Tokenizers
+
+logger = logging.getLogger(__name__)
+ENCODERS = ("clip_l", "clip_g", "t5xxl")
+QUANTISED = ("fp8", "int8", "nf4")
+Wrap = Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True)
+class EncoderPlacement:
+    """Where and in what format encoders work."""
+
+    device: torch.device
+    dtype: torch.dtype
+    t5_device: torch.device
+    t5_dtype: torch.dtype
+    t5_quantisation: str | None = None  # one of QUANTISED
+    quantise: Callable[[nn.Module, str], Any] | None = (
+        None  # replaces a block's linear layers, see library.memory.quantize
+    )
+    mmap: bool = True
+
+
+class TextStage:
+    """Loads encoders when they are needed and frees them when asked. A missing encoder is never asked for."""
+
+    def __init__(self, files: ModelFiles, tokenizers: Tokenizers, settings: TextSettings, placement: EncoderPlacement):
+        self.files, self.tokenizers, self.settings, self.placement = files, tokenizers, settings, placement
+        self.models: dict[str, nn.Module] = {}
+
+    @property
+    def present(self) -> list[str]:
+        """The encoders that the files hold."""
+        return [name for name, part in self.files.encoders().items() if part is not None]
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        """What a cache of these encoders' outputs depends on beside the captions."""
+        parts = [f"{name}={fingerprint(part)}" for name, part in self._parts(names).items()]
+        settings = self.settings
+        facts = [f"t5_tokens={settings.t5_tokens}", f"mask_clip={settings.mask_clip}", f"mask_t5={settings.mask_t5}"]
+        return ";".join([*parts, *facts, f"dtype={self.placement.dtype}", f"t5={self._t5_format()}"])
+
+    def encode_ahead(
+        self, captions: Sequence[str], names: Sequence[str], batch_size: int, wrap: Wrap = lambda batches: batches
+    ) -> list[dict[str, Tensor]]:
+        """The outputs of the named encoders for each caption, on the CPU: one encoder in memory at a time.
+
+        wrap: puts a progress bar around the batches of an encoder.
+        """
+        batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+        rows: list[dict[str, Tensor]] = [{} for _ in captions]
+        for name in self._parts(names):
+            alone = name not in self.models
+            model = self.model(name)
+            place = 0
+            for batch in wrap(batches):
+                with torch.no_grad():
+                    encoding = self._encode(batch, {name: model})
+                for found in TextEncoding(**{k: v.cpu() for k, v in encoding.to_dict().items()}).rows():
+                    rows[place].update(found)
+                    place += 1
+            if alone:
+                del model
+                self.free(name)
+        return rows
+
+    def encode_live(self, captions: Sequence[str], names: Sequence[str]) -> TextEncoding:
+        """The outputs of the named encoders, which stay loaded; gradients flow where LoRA asks for them."""
+        return self._encode(captions, {name: self.model(name) for name in self._parts(names)})
+
+    def model(self, name: str) -> nn.Module:
+        """An encoder, loaded on first use."""
+        if name not in self.models:
+            self.models[name] = self._load(name)
+        return self.models[name]
+
+    def free(self, *names: str) -> None:
+        """Forget encoders (all of them without names) and give their memory back."""
+        for name in names or tuple(self.models):
+            self.models.pop(name, None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _parts(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: part for name, part in self.files.encoders().items() if part is not None and name in names}
+
+    def _encode(self, captions: Sequence[str], models: dict[str, nn.Module]) -> TextEncoding:
+        return encode_captions(
+            captions,
+            self.tokenizers,
+            self.settings,
+            clip_l=models.get("clip_l"),
+            clip_g=models.get("clip_g"),
+            t5=models.get("t5xxl"),
+        )
+
+    def _load(self, name: str) -> nn.Module:
+        part, place = self.files.encoders()[name], self.placement
+        assert part is not None
+        logger.info("Loading %s from %s", name, part.path)
+        if name != "t5xxl":
+            return load_clip(part, place.device, place.dtype, place.mmap)
+        return load_t5(part, place.t5_device, place.t5_dtype, place.mmap, self._quantise_block())
+
+    def _quantise_block(self) -> Callable[[nn.Module], None] | None:
+        kind, quantise = self.placement.t5_quantisation, self.placement.quantise
+        if kind is None or quantise is None:
+            return None
+
+        def quantise_block(block: nn.Module) -> None:
+            quantise(block, kind)
+
+        return quantise_block
+
+    def _t5_format(self) -> str:
+        return f"{self.placement.t5_dtype}/{self.placement.t5_quantisation}"
+
+
+def parse_t5_dtype(text: str | None, default: torch.dtype) -> tuple[torch.dtype, str | None]:
+    """`--t5xxl_dtype` -> the dtype to compute in and the format to store in (None: the same)."""
+    if text in QUANTISED:
+        return (torch.bfloat16 if default == torch.float32 else default), text
+    names = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+    }
+    with suppress(KeyError):
+        return names[text or ""], None
+    return default, None

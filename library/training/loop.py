@@ -1,0 +1,145 @@
+"""The loop, to be read aloud: batch, conditioning, noise, prediction, loss, backward, clip, step, then what is due.
+
+Nothing in it waits for the device: losses and norms travel as tensors to whoever reports them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.training.ema import WeightEma
+from library.training.gradients import GradientReducer, LossScaler, clip_gradients, step_if_finite
+from library.training.optimizers import OptimizerBundle
+from library.training.schedulers import Schedule
+from library.training.seeds import DrawGenerators, mix_seed
+from library.training.state import Position
+from library.training.step import StepResult
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    accumulation: int
+    max_steps: int
+    max_grad_norm: float
+    seed: int
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; tensors are on the device and have not been waited for."""
+
+    position: Position  # after the step
+    loss: Tensor  # 0-dim: mean over the step's samples on this process
+    gradient_norm: Tensor  # 0-dim, before clipping
+    nonfinite: Tensor  # 0-dim bool: the step was skipped
+    losses: Tensor  # [samples]
+    timesteps: Tensor  # [samples], on the CPU
+    paths: list[str]
+    after_step: Any = None  # what `LoopParts.after_step` returned
+
+
+@dataclass(frozen=True)
+class LoopParts:
+    """What the loop drives."""
+
+    losses: Callable[[Any, DrawGenerators], StepResult]  # of one micro-batch
+    parameters: list[nn.Parameter]
+    optimizer: OptimizerBundle
+    schedule: Schedule
+    reducer: GradientReducer
+    device: torch.device
+    scaler: LossScaler | None = None
+    ema: WeightEma | None = None
+    after_step: Callable[[], Any] | None = None  # caps weight norms
+
+
+class Events(Protocol):
+    """What happens between steps: logs, previews, validation, saves."""
+
+    def after_step(self, report: StepReport) -> None: ...
+
+    def after_epoch(self, position: Position) -> None: ...
+
+    def should_stop(self) -> bool: ...
+
+
+@dataclass
+class TrainingLoop:
+    settings: LoopSettings
+    parts: LoopParts
+    events: Events
+    draws: DrawGenerators = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draws = DrawGenerators(self.parts.device)
+
+    def run(
+        self,
+        position: Position,
+        batches_of: Callable[[int, int], Iterable[Any]],
+        samples_of: Callable[[int], Sequence[int]],
+    ) -> Position:
+        """Train from `position` to the last step or until told to stop.
+
+        batches_of(epoch, start): this process's micro-batches of an epoch from number `start` on, each with `.loss_weights`
+        and `.paths`. samples_of(epoch): how many samples each of them has, summed over all processes.
+        """
+        while position.step < self.settings.max_steps and not self.events.should_stop():
+            samples = samples_of(position.epoch)
+            loader = iter(batches_of(position.epoch, position.batch))
+            while position.batch < len(samples) and position.step < self.settings.max_steps:
+                group = samples[position.batch : position.batch + self.settings.accumulation]
+                report = self.optimizer_step(position, islice(loader, len(group)), sum(group))
+                position = report.position
+                self.events.after_step(report)
+                if self.events.should_stop():
+                    break
+            if position.batch >= len(samples):
+                position = replace(position, epoch=position.epoch + 1, batch=0)
+                self.events.after_epoch(position)
+        return position
+
+    def optimizer_step(self, position: Position, batches: Iterator[Any], total_samples: int) -> StepReport:
+        """Accumulate the gradients of some micro-batches and step. The loss is the mean over all samples of all processes."""
+        parts = self.parts
+        losses, timesteps, paths = [], [], []
+        batch_number = position.batch
+        for batch in batches:
+            self.draws.place(mix_seed(self.settings.seed, self.settings.rank, position.epoch, batch_number))
+            result = parts.losses(batch, self.draws)
+            loss = result.losses.sum() * (
+                self._processes() / total_samples
+            )  # the reducer takes the mean over processes
+            (parts.scaler.scale(loss) if parts.scaler else loss).backward()
+            losses.append(result.losses.detach())
+            timesteps.append(result.timesteps)
+            paths += batch.paths
+            batch_number += 1
+        parts.reducer.all_reduce()
+        if parts.scaler:
+            parts.scaler.unscale(parts.parameters)
+        norm = clip_gradients(parts.parameters, self.settings.max_grad_norm)
+        nonfinite = ~torch.isfinite(norm)
+        step_if_finite(parts.optimizer.optimizer, nonfinite)
+        if parts.scaler:
+            parts.scaler.update(nonfinite)
+        parts.schedule.step()
+        parts.optimizer.optimizer.zero_grad(set_to_none=True)
+        after_step = parts.after_step() if parts.after_step else None
+        if parts.ema:
+            parts.ema.update()
+        all_losses = torch.cat(losses)
+        position = replace(position, batch=batch_number, step=position.step + 1)
+        return StepReport(
+            position, all_losses.mean(), norm, nonfinite, all_losses, torch.cat(timesteps), paths, after_step
+        )
+
+    def _processes(self) -> int:
+        return self.parts.reducer.world_size
