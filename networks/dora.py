@@ -3,8 +3,8 @@
     W' = m * (W + D) / ||W + D||_c,   D = scale * Up @ Down,   m [1, in] starts as ||W||_c
 
 ||.||_c is the norm of each column, as in the paper: one magnitude per input. Files hold m as `dora_scale` [1, in] (convolution:
-[1, in, 1, 1]). That is the form on whose meaning readers agree: they divide by the merged weight's column norm. With one
-magnitude per output, [out, 1], ComfyUI divides by the norm of W alone. With strength s readers apply W + s * (W' - W).
+[1, in, 1, 1]): that form means the same to all readers. About one magnitude per output, [out, 1], they differ: some divide by the
+merged weight's norm, some by the norm of W alone. With strength s readers apply W + s * (W' - W).
 """
 
 from __future__ import annotations

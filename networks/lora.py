@@ -1,4 +1,7 @@
-"""The LoRA of a whole model: its layers by name, as the optimizer, the trainer and files see them."""
+"""The LoRA of a whole model: its layers by name, as the optimizer, the trainer and files see them.
+
+The layers may be of any kind of NetworkLayer: LoRA, DoRA, or one of LyCORIS.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from library.options.errors import UserError
-from networks.lora_layer import LoRALayer
 from networks.merging import merge_into
+from networks.network_layer import NetworkLayer
 from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups, parts_of, without_untrained_parts
 from networks.weight_files import compare_shapes, group_by_layer, in_dtype, read_network_file, write_network_file
 
@@ -33,13 +36,13 @@ class NormReport:
 
 
 class LoRANetwork(nn.Module):
-    """LoRA layers as submodules by LoRA name (`lora_unet_joint_blocks_0_x_block_attn_qkv`), in the order of creation.
+    """Layers as submodules by LoRA name (`lora_unet_joint_blocks_0_x_block_attn_qkv`), in the order of creation.
 
     `state_dict` is the trained state as it is, for resuming; `state_dict_for_saving` is what LoRA files hold. Nothing changes
     the frozen model but hooks, between `attach` and `detach`, and `merge`.
     """
 
-    def __init__(self, layers: Mapping[str, LoRALayer], plus: LoraPlus | None = None, multiplier: float = 1.0):
+    def __init__(self, layers: Mapping[str, NetworkLayer], plus: LoraPlus | None = None, multiplier: float = 1.0):
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -47,8 +50,8 @@ class LoRANetwork(nn.Module):
         self.set_multiplier(multiplier)
 
     @property
-    def layers(self) -> dict[str, LoRALayer]:
-        return {name: cast(LoRALayer, layer) for name, layer in self.named_children()}
+    def layers(self) -> dict[str, NetworkLayer]:
+        return {name: cast(NetworkLayer, layer) for name, layer in self.named_children()}
 
     def attach(self) -> None:
         """Let every layer act on its frozen layer. Doing it twice changes nothing."""
@@ -132,11 +135,22 @@ class LoRANetwork(nn.Module):
         for name, layer in self.layers.items():
             layer.load_file_tensors(found[name])
 
+    def table(self) -> str:
+        """Layer, rank, alpha, parameters; and their sum."""
+        rows = [("layer", "rank", "alpha", "parameters")]
+        total = 0
+        for name, layer in self.layers.items():
+            count = sum(parameter.numel() for parameter in layer.parameters())
+            total += count
+            rows.append((name, *layer.summary(), f"{count:,}"))
+        rows.append((f"{len(self.layers)} layers", "", "", f"{total:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in (1, 2, 3)) for row in rows]
+        return "\n".join(lines)
+
     @torch.no_grad()
     def scale_weight_norms(self, max_norm: float) -> NormReport:
-        """Cap the Frobenius norm of each layer's change, scale * Up @ Down, at max_norm (--scale_weight_norms)."""
-        if any(layer.settings.init == "pissa" for layer in self.layers.values()):
-            raise UserError("--scale_weight_norms can't cap a LoRA with init=pissa: leave one of them out.")
+        """Cap the Frobenius norm of each layer's change at max_norm (--scale_weight_norms)."""
         norms, shrunk = zip(*(layer.cap_norm(max_norm) for layer in self.layers.values()))
         return NormReport.of(list(norms), list(shrunk))
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from library.options.errors import UserError
 from networks.frozen_layers import FrozenLayer, dense_weight
+from networks.network_layer import NetworkLayer
 
 PISSA_OVERSAMPLING = 8  # Halko et al. 2011, section 4.2: some more random vectors than the rank
 PISSA_ITERATIONS = 4  # as PEFT's fast PiSSA; any start is exact here, a finer one is not worth the time
@@ -35,7 +36,7 @@ class LayerSettings:
     init: str = "kaiming"  # or "orthogonal", "pissa"
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(NetworkLayer):
     """Down [parts * rank, in, ...] and Up [out, rank, ...]; with parts = 3 the rows of Up are q's, k's and v's thirds.
 
     A file holds one pair for the layer, `file_tensors`: with several parts Up is block-diagonal, and with init="pissa" the
@@ -49,34 +50,17 @@ class LoRALayer(nn.Module):
     lora_up: nn.Linear | nn.Conv2d
 
     def __init__(self, layer: FrozenLayer, settings: LayerSettings):
-        super().__init__()
+        super().__init__(layer)
         rows = settings.rank * settings.parts
         self.lora_down, self.lora_up = _make_factors(layer, rows, settings.rank)
         self.settings = settings
-        self.multiplier = 1.0
-        self.enabled = True
         self.is_conv = isinstance(layer, nn.Conv2d)
         self.file_rows = rows * (2 if settings.init == "pissa" else 1)
         divisor = math.sqrt(settings.rank) if settings.rslora else settings.rank
         self.register_buffer("alpha", torch.tensor((settings.alpha or settings.rank) * self.file_rows / divisor))
         self.scale = 1.0
         self._refresh_scale()
-        self._layer = (layer,)  # in a tuple, so that the frozen layer is no submodule of this one
-        self._handles: list[RemovableHandle] = []
         self._initialise(layer)
-
-    @property
-    def layer(self) -> FrozenLayer:
-        return self._layer[0]
-
-    def attach(self) -> None:
-        """Hook onto the frozen layer, once."""
-        if not self._handles:
-            self._handles.append(self.layer.register_forward_hook(self._after_layer))
-
-    def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """x [B, ..., in] and the frozen layer's out [B, ..., out] (images: [B, C, H, W]) -> out with this change added."""
@@ -99,10 +83,6 @@ class LoRALayer(nn.Module):
         return torch.block_diag(*up.chunk(self.settings.parts, dim=0))
 
     def file_tensors(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """{"lora_down.weight", "lora_up.weight", "alpha"} as files hold them, in float32 or as trained.
-
-        values: parameters by name to take in place of this layer's own (an EMA's, say).
-        """
         values = values or {}
         down = values.get("lora_down.weight", self.lora_down.weight)
         up = self.expanded_up(values.get("lora_up.weight", self.lora_up.weight))
@@ -112,7 +92,6 @@ class LoRALayer(nn.Module):
         return {"lora_down.weight": down, "lora_up.weight": up, "alpha": self.alpha}
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Why a file's tensors of the right shapes can't be this layer's, or None."""
         if self.settings.parts > 1:
             up = tensors["lora_up.weight"].float()
             if not torch.equal(up, self._reexpanded(up)):
@@ -121,7 +100,6 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def load_file_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors in the form and shapes of `file_tensors`. A missing alpha means strength 1."""
         rows = self.lora_down.weight.shape[0]
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         self.lora_down.weight.copy_(down[:rows])
@@ -134,11 +112,12 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def cap_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Shrink Down and Up so that the Frobenius norm n of scale * Up @ Down is at most max_norm.
+        """As NetworkLayer: D = scale * Up @ Down, and both factors shrink by the root.
 
-        Both are multiplied by sqrt(min(n, max_norm) / n). Returns 0-dim tensors on the device: the norm afterwards, and
-        whether it was shrunk. ||UD||^2 = sum((U'U) * (DD')), so only rank by rank matrices are made.
+        ||UD||^2 = sum((U'U) * (DD')), so only rank by rank matrices are made.
         """
+        if self.settings.init == "pissa":
+            raise UserError("--scale_weight_norms can't cap a LoRA with init=pissa: leave one of them out.")
         down = self.lora_down.weight.float().flatten(1)  # [rows, in]
         up = self.expanded_up(self.lora_up.weight.float().flatten(1))  # [out, rows]
         squared = ((up.t() @ up) * (down @ down.t())).sum()
@@ -148,8 +127,9 @@ class LoRALayer(nn.Module):
         self.lora_up.weight.mul_(ratio.sqrt())
         return norm * ratio, ratio < 1
 
-    def _after_layer(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        return self(args[0], out) if self.enabled else None
+    def summary(self) -> tuple[str, str]:
+        rank = str(self.settings.rank) if self.settings.parts == 1 else f"{self.settings.parts} x {self.settings.rank}"
+        return rank, f"{self.scale * self.settings.rank:g}"
 
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
         weight = weight.to(x.dtype)

@@ -29,7 +29,6 @@ __all__ = [
     "check_network_args",
     "create_network",
     "create_network_from_weights",
-    "describe",
     "find_targets",
     "layers_by_name",
     "trains_t5xxl",
@@ -189,21 +188,6 @@ def layer_rank(path: str, settings: LoraSettings) -> int:
     return settings.rank if rank is None else rank
 
 
-def describe(network: LoRANetwork) -> str:
-    """A table: layer, rank, alpha, parameters; and their sum."""
-    rows = [("layer", "rank", "alpha", "parameters")]
-    total = 0
-    for name, layer in network.layers.items():
-        count = sum(parameter.numel() for parameter in layer.parameters())
-        total += count
-        rank = f"3 x {layer.settings.rank}" if layer.settings.parts == 3 else str(layer.settings.rank)
-        rows.append((name, rank, f"{layer.scale * layer.settings.rank:g}", f"{count:,}"))
-    rows.append((f"{len(network.layers)} layers", "", "", f"{total:,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in (1, 2, 3)) for row in rows]
-    return "\n".join(lines)
-
-
 def _candidates(
     text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None
 ) -> Iterator[tuple[str, str, FrozenLayer]]:
@@ -255,7 +239,7 @@ def _build(
         if count:
             logger.info("LoRA for %s: %d layers", title, count)
     if settings.verbose:
-        logger.info("%s", describe(network))
+        logger.info("%s", network.table())
     return network
 
 

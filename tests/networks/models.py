@@ -78,4 +78,4 @@ def trained(network: LoRANetwork, size: float = 0.3, seed: int = 5) -> LoRANetwo
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
