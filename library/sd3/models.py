@@ -21,15 +21,13 @@ def shapes_of(part: Part) -> dict[str, tuple[int, ...]]:
 
 def load_mmdit(part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool = True) -> MMDiT:
     """The frozen denoiser in `dtype` (None: as stored)."""
-    with torch.device("meta"):
-        model = MMDiT(MMDiTConfig.from_shapes(shapes_of(part)))
+    model = _empty_mmdit(part)
     return _filled(model, part, device, dtype, mmap)
 
 
 def load_vae(part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool = True) -> Vae:
     """The frozen autoencoder in `dtype` (None: as stored)."""
-    with torch.device("meta"):
-        model = Vae(VaeConfig.from_shapes(shapes_of(part)))
+    model = _empty_vae(part)
     return _filled(model, part, device, dtype, mmap)
 
 
@@ -49,6 +47,26 @@ def check_against(model: nn.Module, part: Part) -> list[str]:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             problems.append(f"{part.path}: tensors of the {part.name} {what}: {', '.join(names[:8])}{more}.")
     return problems
+
+
+def mmdit_problems(part: Part) -> list[str]:
+    """What keeps a part from being loaded as a denoiser, from its header."""
+    return check_against(_empty_mmdit(part), part)
+
+
+def vae_problems(part: Part) -> list[str]:
+    """What keeps a part from being loaded as a VAE, from its header."""
+    return check_against(_empty_vae(part), part)
+
+
+def _empty_mmdit(part: Part) -> MMDiT:
+    with torch.device("meta"):
+        return MMDiT(MMDiTConfig.from_shapes(shapes_of(part)))
+
+
+def _empty_vae(part: Part) -> Vae:
+    with torch.device("meta"):
+        return Vae(VaeConfig.from_shapes(shapes_of(part)))
 
 
 def _filled(model: Model, part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool) -> Model:
