@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from library.memory.checkpointing import CheckpointSettings
 from library.sd3.flow import FlowSettings
 from library.training.loss import LossSettings
+from library.training.schedulers import SchedulerSettings
 
 
 def flow_settings(args: argparse.Namespace) -> FlowSettings:
@@ -37,8 +38,23 @@ def checkpoint_settings(args: argparse.Namespace) -> CheckpointSettings | None:
     return CheckpointSettings(blocks, args.selective_checkpointing, args.cpu_offload_checkpointing)
 
 
+def scheduler_settings(args: argparse.Namespace, total_steps: int) -> SchedulerSettings:
+    return SchedulerSettings(
+        total_steps,
+        args.lr_scheduler,
+        args.lr_scheduler_type or "",
+        tuple(args.lr_scheduler_args or ()),
+        args.lr_warmup_steps,
+        args.lr_decay_steps,
+        args.lr_scheduler_num_cycles,
+        args.lr_scheduler_power,
+        args.lr_scheduler_timescale,
+        args.lr_scheduler_min_lr_ratio,
+    )
+
+
 @dataclass(frozen=True)
-class Schedule:
+class RunLength:
     """How long the run is, in optimizer steps."""
 
     steps_per_epoch: int
@@ -46,10 +62,10 @@ class Schedule:
     epochs: int
 
 
-def run_schedule(
+def run_length(
     batches_per_epoch: int, accumulation: int, max_train_steps: int, max_train_epochs: int | None
-) -> Schedule:
+) -> RunLength:
     """batches_per_epoch: micro-batches of one process. An epoch's last optimizer step may be made of fewer of them."""
     steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
     max_steps = max_train_epochs * steps_per_epoch if max_train_epochs else max_train_steps
-    return Schedule(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))
+    return RunLength(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))

@@ -1,0 +1,327 @@
+"""One training run, told in the order in which it happens. `NetworkTrainer.train` is the table of contents.
+
+A model family subclasses NetworkTrainer and names its parts: how its files are found, how text and images are encoded, how
+the denoiser is loaded and called. Everything else is here, or one call away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.data.latent_cache import LatentCache, LatentCacheSettings
+from library.data.loader import Batch, Loader, LoaderSettings
+from library.data.settings import Size
+from library.data.text_cache import TextCache, TextCacheSettings
+from library.options.errors import UserError
+from library.run_plan import path_or_none, plan_run
+from library.run_settings import flow_settings, loss_settings, scheduler_settings
+from library.training.ema import WeightEma
+from library.training.gradients import GradientReducer, LossScaler
+from library.training.loop import LoopParts, LoopSettings, TrainingLoop
+from library.training.optimizers import build_optimizer
+from library.training.precision import choose_precision
+from library.training.schedulers import build_schedule
+from library.training.seeds import DrawGenerators, mix_seed, seed_everything
+from library.training.step import DenoisingStep, StepInput, StepResult
+
+logger = logging.getLogger(__name__)
+TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
+
+
+class NetworkTrainer(ABC):
+    def __init__(self, args: argparse.Namespace, problems: Sequence[str] = ()):
+        """args: resolved options. problems: what is known to be wrong with them; told with all else that is found."""
+        self.args = args
+        self.problems = list(problems)
+
+    def train(self) -> Path | None:
+        """The whole run. Returns the path of the LoRA; None for a dry run."""
+        self.start_processes()
+        self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
+        if self.args.dry_run or self.args.debug_dataset:
+            return self.show_plan()
+        self.cache_texts()
+        self.cache_latents()
+        self.load_denoiser()
+        self.create_network()
+        self.create_optimizer()
+        self.make_loaders()
+        return self.run()
+
+    # --- the steps -------------------------------------------------------------------------------------------------
+
+    def start_processes(self) -> None:
+        """Find the device and the other processes; choose the number formats."""
+        from accelerate import Accelerator
+
+        args = self.args
+        self.accelerator = Accelerator(mixed_precision="no")  # models compute in their own dtype, without autocast
+        self.device = self.accelerator.device
+        self.precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, self.device)
+        for warning in self.precision.warnings:
+            logger.warning(warning)
+
+    def show_plan(self) -> None:
+        """What would be trained, without training: `--dry_run` and `--debug_dataset`."""
+        logger.info("\n%s", self.plan.text(self.args.gradient_accumulation_steps))
+
+    def cache_texts(self) -> None:
+        """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
+        args, plan = self.args, self.plan
+        self.texts, self.validation_texts = None, None
+        self.text_stage = self.make_text_stage()
+        trained = [name for name, on in zip(self.encoder_names(), plan.rates.trained_text_encoders) if on]
+        self.live_encoders = self.encoder_names() if not args.cache_text_encoder_outputs else trained
+        ahead = [name for name in self.encoder_names() if name not in self.live_encoders]
+        self.encode_prompts([name for name in self.encoder_names() if name not in trained])
+        if ahead:
+            settings = TextCacheSettings(
+                fingerprint=self.text_stage.fingerprint(ahead),
+                variants=args.text_cache_variants,
+                seed=plan.seed,
+                on_disk=args.cache_text_encoder_outputs_to_disk,
+                cache_dir=path_or_none(args.cache_dir),
+                trust=args.skip_cache_check,
+            )
+            self.texts = self._fill_texts(TextCache(plan.index.training, settings), ahead)
+            self.validation_texts = self._fill_texts(
+                TextCache(plan.index.validation, replace(settings, variants=None)), ahead
+            )
+            self.text_stage.free(*ahead)
+
+    def cache_latents(self) -> None:
+        """Encode images ahead where that is wanted; the VAE stays only for live encoding and previews."""
+        args, plan = self.args, self.plan
+        self.latents, self.validation_latents, self.vae = None, None, None
+        if args.cache_latents:
+            settings = LatentCacheSettings(
+                fingerprint=self.vae_fingerprint(),
+                on_disk=args.cache_latents_to_disk,
+                cache_dir=path_or_none(args.cache_dir),
+                trust=args.skip_cache_check,
+            )
+            self.latents = self._fill_latents(LatentCache(plan.index.training, settings))
+            self.validation_latents = self._fill_latents(LatentCache(plan.index.validation, settings))
+            if self.vae is not None and not args.sample_prompts:
+                self.vae = None
+        elif self.vae is None:
+            self.vae = self.load_vae()
+
+    def load_denoiser(self) -> None:
+        """The frozen denoiser, with --base_weights merged, on its device with the memory savers that were asked for."""
+        seed_everything(self.plan.seed)
+        self.denoiser = self.make_denoiser()
+
+    def create_network(self) -> None:
+        """The LoRA, attached to the frozen models."""
+        args, rates = self.args, self.plan.rates
+        module = importlib.import_module(args.network_module)
+        encoders = [
+            self.text_stage.model(name) if on and name in self.live_encoders else None
+            for name, on in zip(self.encoder_names(), rates.trained_text_encoders)
+        ]
+        denoiser = self.denoiser if rates.unet > 0 else None
+        arguments = dict(text.split("=", 1) for text in args.network_args or ())
+        seed_everything(self.plan.seed)
+        if args.dim_from_weights:
+            network, _ = module.create_network_from_weights(
+                1.0, args.network_weights, None, encoders, denoiser, neuron_dropout=args.network_dropout, **arguments
+            )
+        else:
+            network = module.create_network(
+                1.0, args.network_dim, args.network_alpha, None, encoders, denoiser, args.network_dropout, **arguments
+            )
+            if args.network_weights:
+                network.load_weights(args.network_weights)
+        self.network = network.to(self.device, self.precision.trained_dtype).train()
+        self.network.attach()
+        groups = self.network.parameter_groups(rates)
+        self.group_names = [group["name"] for group in groups]
+        self.groups = groups
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+
+    def create_optimizer(self) -> None:
+        args = self.args
+        self.optimizer = build_optimizer(args.optimizer_type, self.groups, args.learning_rate, args.optimizer_args)
+        self.schedule = build_schedule(
+            scheduler_settings(args, self.plan.length.max_steps),
+            self.optimizer.optimizer,
+            self.optimizer.is_schedule_free,
+            self.optimizer.forced_schedule,
+        )
+        self.optimizer.train()
+        self.ema = WeightEma(dict(self.network.named_parameters()), args.ema_decay) if args.ema_decay else None
+        self.scaler = LossScaler(self.device) if self.precision.scale_loss else None
+
+    def make_loaders(self) -> None:
+        args, plan = self.args, self.plan
+        settings = LoaderSettings(
+            seed=plan.seed,
+            steps_per_epoch=plan.length.steps_per_epoch,
+            accumulation=args.gradient_accumulation_steps,
+            max_train_steps=plan.length.max_steps,
+            masked=True,
+            rank=self.accelerator.process_index,
+            workers=min(args.max_data_loader_n_workers, _cores() - 1),
+            pin_memory=self.device.type == "cuda",
+            persistent=args.persistent_data_loader_workers,
+        )
+        self.loader = Loader(plan.training, settings, self.latents, self.texts)
+        self.step = DenoisingStep(
+            flow_settings(args), loss_settings(args), self.predict, lambda: self.network.enabled(False), self.device
+        )
+
+    def run(self) -> Path:
+        """Train from the start, or from where a state left off, to the end."""
+        from library.run_events import RunEvents
+
+        args, plan = self.args, self.plan
+        loop_settings = LoopSettings(
+            accumulation=args.gradient_accumulation_steps,
+            max_steps=plan.length.max_steps,
+            max_grad_norm=args.max_grad_norm,
+            seed=plan.seed,
+            rank=self.accelerator.process_index,
+        )
+        parts = LoopParts(
+            losses=self.losses,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            reducer=GradientReducer(self.parameters, self.accelerator.num_processes),
+            device=self.device,
+            scaler=self.scaler,
+            ema=self.ema,
+            after_step=self._cap_norms if args.scale_weight_norms else None,
+        )
+        with RunEvents(self) as events:
+            position = events.begin()
+            loop = TrainingLoop(loop_settings, parts, events)
+            position = loop.run(position, self.loader.batches, plan.training.samples)
+            return events.finish(position)
+
+    # --- one micro-batch -------------------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, draws: DrawGenerators) -> StepResult:
+        """The losses of a training micro-batch."""
+        batch = batch.to(self.device)
+        if batch.network_multiplier != self.network.multiplier:
+            self.network.set_multiplier(batch.network_multiplier)
+        return self.step(self.step_input(batch, draws, training=True), draws)
+
+    def step_input(self, batch: Batch, draws: DrawGenerators, training: bool) -> StepInput:
+        return StepInput(
+            latents=self.latents_of(batch, draws),
+            conditioning=self.conditioning(batch, draws, training),
+            loss_weights=batch.loss_weights,
+            mask=batch.mask,
+            preserve=batch.preserve,
+        )
+
+    def latents_of(self, batch: Batch, draws: DrawGenerators) -> Tensor:
+        """Normalised latents [B, 16, h, w] float32: from the cache, or encoded now."""
+        raw = batch.latents
+        if raw is None:
+            assert batch.images is not None
+            raw = self.encode_images(batch.images, draws.device)
+        return self.normalise_latents(raw)
+
+    # --- what a model family provides ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encoder_names(self) -> list[str]:
+        """The text encoders, in the order of --text_encoder_lr."""
+
+    @abstractmethod
+    def locate_models(self) -> Any:
+        """Find the files of every part from headers; UserError lists what is wrong."""
+
+    @abstractmethod
+    def model_problems(self, files: Any, sizes: list[Size]) -> list[str]:
+        """What in the files would fail later: tensors missing or misshapen, images larger than the model can place."""
+
+    @abstractmethod
+    def network_problems(self, files: Any) -> list[str]:
+        """What is wrong with --network_module and its arguments."""
+
+    @abstractmethod
+    def train_t5xxl(self) -> bool: ...
+
+    @abstractmethod
+    def make_text_stage(self) -> Any: ...
+
+    @abstractmethod
+    def encode_prompts(self, names: Sequence[str]) -> None:
+        """Encode the preview prompts with the encoders that training leaves as they are."""
+
+    @abstractmethod
+    def load_vae(self) -> Any: ...
+
+    @abstractmethod
+    def vae_fingerprint(self) -> str: ...
+
+    @abstractmethod
+    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """images [B, 3, H, W] in -1..1 on the device -> raw latents, one draw of the posterior."""
+
+    @abstractmethod
+    def normalise_latents(self, raw: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def make_denoiser(self) -> nn.Module: ...
+
+    @abstractmethod
+    def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Any:
+        """A batch's text as the denoiser wants it; dropout acts where `training`."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        """The denoiser's velocity."""
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _fill_texts(self, cache: TextCache, names: Sequence[str]) -> TextCache:
+        missing = cache.missing()
+        problems = cache.check(missing)
+        if problems:
+            raise UserError(problems)
+        if missing or not cache.settings.on_disk:
+            size = self.args.text_encoder_batch_size or 1
+            cache.fill(missing, lambda texts: self.text_stage.encode_ahead(texts, names, size), TEXTS_AT_ONCE)
+        return cache
+
+    def _fill_latents(self, cache: LatentCache) -> LatentCache:
+        missing = cache.missing()
+        problems = cache.check(missing)
+        if problems:
+            raise UserError(problems)
+        if missing:
+            if self.vae is None:
+                self.vae = self.load_vae()
+            draws = DrawGenerators(self.device)
+
+            def encode(images: Tensor) -> Tensor:
+                draws.place(mix_seed(self.plan.seed, "latents", images.shape[-1], images.shape[-2]))
+                return self.encode_images(images.to(self.device), draws.device)
+
+            cache.fill(missing, encode, self.args.vae_batch_size, lambda batches, title: batches)
+        return cache
+
+    def _cap_norms(self) -> Any:
+        return self.network.scale_weight_norms(self.args.scale_weight_norms)
+
+
+def _cores() -> int:
+    import os
+
+    return os.cpu_count() or 1

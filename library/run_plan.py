@@ -1,0 +1,170 @@
+"""What a run is going to do, worked out from headers alone: files, images, steps, rates. No weights are read.
+
+Every mistake of the user that can be found without weights is found here, and all are told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from library.data.batches import BatchPlan
+from library.data.command_line import CommandLineData
+from library.data.config import read_datasets
+from library.data.index import DatasetIndex, build_index
+from library.data.settings import Size
+from library.data.table import table
+from library.data.text_cache import refuse_lost_chance
+from library.options.errors import Problems, UserError
+from library.run_settings import RunLength, flow_settings, loss_settings, run_length, scheduler_settings
+from library.sd3.flow import check_flow
+from library.training.loss import check_loss
+from library.training.optimizers import check_optimizer
+from library.training.schedulers import check_schedule
+from networks.parameter_groups import LearningRates
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+ROOM_WANTED = 256 << 20  # bytes free in output_dir before a run starts
+
+
+class ModelChecks(Protocol):
+    """What a model family says of its files before they are loaded."""
+
+    def locate_models(self) -> Any: ...
+
+    def model_problems(self, files: Any, sizes: list[Size]) -> list[str]: ...
+
+    def network_problems(self, files: Any) -> list[str]: ...
+
+    def train_t5xxl(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    files: Any  # the family's
+    index: DatasetIndex
+    training: BatchPlan
+    validation: BatchPlan | None
+    length: RunLength
+    rates: LearningRates
+    seed: int
+
+    def sizes(self) -> list[Size]:
+        """Every (W, H) that is trained or validated on."""
+        return sorted({size for d in [*self.index.training, *self.index.validation] for size in d.buckets})
+
+    def text(self, accumulation: int) -> str:
+        """The dataset table and the run's length, for people."""
+        batches, length = self.training.batches_per_epoch, self.length
+        return (
+            f"{table(self.index)}\n\n{self.training.images_per_epoch} images in {batches} batches an epoch and process, "
+            f"{length.steps_per_epoch} steps an epoch ({accumulation} batches a step), {length.epochs} epochs, {length.max_steps} steps."
+        )
+
+
+def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], world_size: int = 1) -> RunPlan:
+    """Work out the run. `found` are problems known already; UserError tells them together with all that is found here."""
+    problems = Problems()
+    problems.found += found
+    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**32)
+    files = _try(problems, family.locate_models) if args.pretrained_model_name_or_path else None
+    index = _try(problems, lambda: index_data(args, seed))
+    rates = _try(problems, lambda: learning_rates(args, family.train_t5xxl()))
+    problems.found += check_flow(flow_settings(args)) + check_loss(loss_settings(args))
+    if rates is not None:
+        given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
+        problems.found += check_optimizer(args.optimizer_type, args.optimizer_args, given)
+    if args.output_dir:
+        problems.found += output_problems(Path(args.output_dir))
+    if files is not None:
+        problems.found += family.network_problems(files)
+    if index is not None:
+        for warning in index.warnings:
+            logger.warning(warning)
+        if args.cache_text_encoder_outputs:
+            _try(problems, lambda: refuse_lost_chance(index.training, args.text_cache_variants))
+        sizes = sorted({size for dataset in [*index.training, *index.validation] for size in dataset.buckets})
+        if files is not None:
+            problems.found += family.model_problems(files, sizes)
+    plan = None
+    if index is not None and rates is not None:
+        plan = _plan(args, files, index, rates, seed, world_size)
+        schedule = scheduler_settings(args, plan.length.max_steps)
+        problems.found += check_schedule(schedule, args.learning_rate, args.optimizer_type, args.optimizer_args)
+    problems.raise_if_any()
+    assert plan is not None
+    return plan
+
+
+def index_data(args: argparse.Namespace, seed: int) -> DatasetIndex:
+    """The datasets of `--dataset_config` or of the command line, from headers."""
+    names = {field.name for field in fields(CommandLineData)}
+    command_line = CommandLineData(**{name: value for name, value in vars(args).items() if name in names})
+    datasets = read_datasets(args.dataset_config, command_line)
+    return build_index(
+        datasets, cache_dir=path_or_none(args.cache_dir), skip_bad_images=args.skip_bad_images, seed=seed
+    )
+
+
+def learning_rates(args: argparse.Namespace, train_t5xxl: bool) -> LearningRates:
+    return LearningRates.from_options(
+        args.learning_rate,
+        args.unet_lr,
+        args.text_encoder_lr,
+        args.network_train_unet_only,
+        args.network_train_text_encoder_only,
+        train_t5xxl,
+    )
+
+
+def output_problems(folder: Path) -> list[str]:
+    """What would keep the run from saving."""
+    existing = next((parent for parent in [folder, *folder.parents] if parent.exists()), Path())
+    if not existing.is_dir():
+        return [f"--output_dir {folder}: {existing} is a file, not a folder."]
+    if not os.access(existing, os.W_OK):
+        return [f"--output_dir {folder}: {existing} is not writable. Choose a folder that is."]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return [
+            f"--output_dir {folder}: nothing can be written there ({error.strerror or error}). Choose another folder."
+        ]
+    free = shutil.disk_usage(folder).free
+    if free < ROOM_WANTED:
+        return [f"--output_dir {folder}: {free >> 20} MiB are free on that disk, {ROOM_WANTED >> 20} MiB are wanted."]
+    return []
+
+
+def path_or_none(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+def _plan(
+    args: argparse.Namespace, files: Any, index: DatasetIndex, rates: LearningRates, seed: int, world_size: int
+) -> RunPlan:
+    training = BatchPlan(index.training, seed, world_size)
+    validation = BatchPlan(index.validation, seed, world_size, shuffle=False) if index.validation else None
+    length = run_length(
+        training.batches_per_epoch, args.gradient_accumulation_steps, args.max_train_steps, args.max_train_epochs
+    )
+    return RunPlan(files, index, training, validation, length, rates, seed)
+
+
+def _try(problems: Problems, do: Callable[[], T]) -> T | None:
+    try:
+        return do()
+    except UserError as error:
+        problems.collect(error)
+        return None

@@ -1,0 +1,196 @@
+"""The parts of Stable Diffusion 3, named for the generic trainer.
+
+It stands beside the entry script, not in it, so that `--help` and option errors answer without importing torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.data.loader import Batch
+from library.data.settings import Size
+from library.memory.arrange import MemorySettings, arrange
+from library.memory.block_swap import swap_limit
+from library.memory.quantize import quantise
+from library.network_trainer import NetworkTrainer
+from library.run_settings import checkpoint_settings
+from library.sd3.checkpoint import ModelFiles, fingerprint, locate_parts
+from library.sd3.conditioning import (
+    ContextSizes,
+    DropoutRates,
+    TextEncoding,
+    TextSettings,
+    apply_dropout,
+    missing_encoder_notes,
+    to_context,
+)
+from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.models import load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
+from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
+from library.sd3.text_encoder_sizes import check_text_encoder
+from library.sd3.text_stage import ENCODERS, EncoderPlacement, TextStage, parse_t5_dtype
+from library.sd3.tokenizers import load_tokenizers
+from library.sd3.vae import Vae, normalise, sample_posterior
+from library.training.seeds import DrawGenerators
+from networks.network_arguments import check_network_args, trains_t5xxl
+
+logger = logging.getLogger(__name__)
+Conditioning = tuple[Tensor, Tensor, Tensor | None]
+"""context [B, 77 + T, 4096], pooled [B, 2048], position embedding [1, patches, D] or None for the centred crop"""
+
+
+class Sd3NetworkTrainer(NetworkTrainer):
+    def encoder_names(self) -> list[str]:
+        return list(ENCODERS)
+
+    def train_t5xxl(self) -> bool:
+        return trains_t5xxl(self.args.network_args)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def locate_models(self) -> ModelFiles:
+        args = self.args
+        return locate_parts(args.pretrained_model_name_or_path, args.clip_l, args.clip_g, args.t5xxl, args.vae)
+
+    def model_problems(self, files: ModelFiles, sizes: list[Size]) -> list[str]:
+        problems = mmdit_problems(files.mmdit)
+        if files.vae is None:
+            problems.append(f"{files.mmdit.path} holds no VAE. Give one with --vae.")
+        else:
+            problems += vae_problems(files.vae)
+        for part in files.encoders().values():
+            if part is not None:
+                problems += check_text_encoder(part)
+        if problems:
+            return problems
+        table = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).pos_embed_max_size * LATENT_AND_PATCH
+        too_large = [f"{w}x{h}" for w, h in sizes if max(w, h) > table]
+        if too_large and not self.args.enable_scaled_pos_embed:
+            problems.append(
+                f"Buckets {', '.join(too_large)} are larger than the model's position table, {table} pixels a side. "
+                "Lower --resolution or --max_bucket_reso."
+            )
+        return problems
+
+    def network_problems(self, files: ModelFiles) -> list[str]:
+        if self.args.network_module != "networks.lora_sd3":
+            return []
+        depth = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).depth
+        return check_network_args(self.args.network_args or [], depth)
+
+    # --- text ------------------------------------------------------------------------------------------------------
+
+    def make_text_stage(self) -> TextStage:
+        args, files = self.args, self.plan.files
+        for note in missing_encoder_notes(files):
+            logger.warning(note)
+        present = [name for name, part in files.encoders().items() if part is not None]
+        t5_dtype, t5_format = parse_t5_dtype(args.t5xxl_dtype, self.precision.dtype)
+        if args.fp8_base and not args.fp8_base_unet and t5_format is None:
+            t5_format = "fp8"
+        placement = EncoderPlacement(
+            device=self.device,
+            dtype=self.precision.dtype,
+            t5_device=torch.device(args.t5xxl_device) if args.t5xxl_device else self.device,
+            t5_dtype=t5_dtype,
+            t5_quantisation=t5_format,
+            quantise=partial(quantise, within=lambda path: True),
+            mmap=not args.disable_mmap_load_safetensors,
+        )
+        settings = TextSettings(args.t5xxl_max_token_length, args.apply_lg_attn_mask, args.apply_t5_attn_mask)
+        tokenizers = load_tokenizers(args.tokenizer_cache_dir, files.mmdit.path, present)
+        self.context_sizes = ContextSizes.from_files(files, args.t5xxl_max_token_length)
+        self.dropout = DropoutRates(args.clip_l_dropout_rate, args.clip_g_dropout_rate, args.t5_dropout_rate)
+        return TextStage(files, tokenizers, settings, placement)
+
+    def encoding_of(self, captions: Sequence[str], cached: dict[str, Tensor] | None) -> TextEncoding:
+        """What the encoders say: from the cache, and live from those that are not cached."""
+        encoding = TextEncoding.from_dict(cached) if cached else TextEncoding()
+        live = [name for name in self.live_encoders if name in self.text_stage.present]
+        if not live:
+            return encoding
+        trained = bool(self.network.trained_parts - {"lora_unet_"})
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return encoding.merged(self.text_stage.encode_live(captions, live))
+
+    def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Conditioning:
+        encoding = self.encoding_of(batch.captions, batch.text)
+        if training:
+            encoding = apply_dropout(encoding, self.dropout, draws.cpu)
+        context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
+        return context, pooled, self.position_embedding(batch.size, training)
+
+    # --- images ----------------------------------------------------------------------------------------------------
+
+    def load_vae(self) -> Vae:
+        dtype = torch.float32 if self.args.no_half_vae else self.precision.dtype
+        return load_vae(self.plan.files.vae, self.device, dtype, not self.args.disable_mmap_load_safetensors)
+
+    def vae_fingerprint(self) -> str:
+        return f"{fingerprint(self.plan.files.vae)};{'float32' if self.args.no_half_vae else self.precision.dtype}"
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        parts = []
+        for some in images.split(max(1, self.args.vae_batch_size)):
+            mean, log_variance = self.vae.encode(some)
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+            parts.append(sample_posterior(mean, log_variance, noise))
+        return torch.cat(parts)
+
+    def normalise_latents(self, raw: Tensor) -> Tensor:
+        return normalise(raw)
+
+    # --- the denoiser ----------------------------------------------------------------------------------------------
+
+    def make_denoiser(self) -> MMDiT:
+        args = self.args
+        mmap = not args.disable_mmap_load_safetensors
+        model = load_mmdit(self.plan.files.mmdit, "cpu", self.precision.dtype, mmap)
+        quantisation = "fp8" if args.fp8_base else args.base_quantization
+        settings = MemorySettings(
+            blocks_to_swap=self.blocks_to_swap(len(model.joint_blocks)),
+            checkpointing=checkpoint_settings(args),
+            compile_backend=args.dynamo_backend if args.torch_compile else None,
+            quantisation=quantisation,
+        )
+        self.swapper = arrange(model, settings, self.device)
+        resolutions = [dataset.settings.resolution for dataset in self.plan.index.training]
+        self.scaled_pos_embed = (
+            ScaledPosEmbed(resolutions, model.config.hidden_size, self.device) if args.enable_scaled_pos_embed else None
+        )
+        return model
+
+    def blocks_to_swap(self, depth: int) -> int:
+        wanted = int(self.args.blocks_to_swap or 0)
+        if wanted > swap_limit(depth):
+            logger.warning(
+                "blocks_to_swap %d is lowered to %d: this model has %d blocks.", wanted, swap_limit(depth), depth
+            )
+        return min(wanted, swap_limit(depth))
+
+    def position_embedding(self, size: Size, training: bool) -> Tensor | None:
+        """The crop of the position table for images of `size` (W, H); None is the centred crop of the model's own table."""
+        width, height = size[0] // LATENT_AND_PATCH, size[1] // LATENT_AND_PATCH
+        table = self.scaled_pos_embed.table_for(height, width) if self.scaled_pos_embed else None
+        # Python's generator was placed for this micro-batch, like torch's.
+        moved = training and self.args.pos_emb_random_crop_rate > random.random()
+        if not moved:
+            return None if table is None else crop_pos_embed(table, height, width)
+        table = self.denoiser.pos_embed if table is None else table
+        side = int(table.shape[1] ** 0.5 + 0.5)
+        return crop_pos_embed(table, height, width, random_offset(side, height, width, random.Random(random.random())))
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        context, pooled, pos_embed = conditioning
+        return self.denoiser(noisy, timesteps, context, pooled, pos_embed)
+
+    def encode_prompts(self, names: Sequence[str]) -> None:
+        self.prompt_encodings: dict[str, Any] = {}

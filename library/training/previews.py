@@ -1,0 +1,182 @@
+"""Preview images while training goes on, and a sheet of them: prompts down, steps across.
+
+They leave training as they found it: noise comes from a generator of its own, torch's and Python's random states are put
+back, the LoRA's dropout is off while they are made.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from library.files import atomic_write
+from library.sd3.sampling import Velocity, guided, preview_sigmas, sample
+from library.training.prompts import PreviewPrompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+LATENT_CELL = 8
+SHEET_CELL = 256  # pixels of a preview's longer side on the sheet
+Conditioned = Callable[[PreviewPrompt, str], Any]
+"""(prompt, text) -> conditioning for `predict`; the text is the prompt's own or its negative."""
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    folder: Path  # output_dir
+    name: str  # output_name
+    sampler: str = "euler"
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Preview:
+    index: int
+    prompt: PreviewPrompt
+    path: Path
+    image: Image
+
+
+class Previewer:
+    """Makes previews of a fixed list of prompts."""
+
+    def __init__(
+        self,
+        prompts: Sequence[PreviewPrompt],
+        settings: PreviewSettings,
+        conditioned: Conditioned,
+        predict: Callable[[Tensor, Tensor, Any], Tensor],
+        decode: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ):
+        """decode: normalised latents [1, 16, h, w] -> images [1, 3, 8h, 8w] in -1..1."""
+        self.prompts, self.settings = list(prompts), settings
+        self.conditioned, self.predict, self.decode = conditioned, predict, decode
+        self.device = device
+
+    def make(self, when: str, modules: Sequence[nn.Module]) -> list[Preview]:
+        """Make this process's share of the previews. when: "e000001" or "000100", see `moment`. modules: put in eval mode meanwhile."""
+        previews = []
+        with undisturbed(modules):
+            for index, prompt in enumerate(self.prompts):
+                if index % self.settings.world_size == self.settings.rank:
+                    previews.append(self._make_one(index, prompt, when))
+        return previews
+
+    def _make_one(self, index: int, prompt: PreviewPrompt, when: str) -> Preview:
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+
+        seed = random.randrange(2**32) if prompt.seed is None else prompt.seed
+        pixels = self.decode(self._latents(prompt, seed))[0]
+        array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+        image = Image.fromarray(np.ascontiguousarray(array))
+        path = self.settings.folder / "sample" / self._file_name(index, prompt, when)
+        info = PngInfo()
+        info.add_itxt("parameters", self._parameters(prompt, seed))
+        with atomic_write(path) as temporary:
+            image.save(temporary, format="PNG", pnginfo=info)
+        logger.info("Preview: %s", path)
+        return Preview(index, prompt, path, image)
+
+    def _latents(self, prompt: PreviewPrompt, seed: int) -> Tensor:
+        """Noise is drawn on the CPU, so that a seed means the same picture on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, 16, prompt.height // LATENT_CELL, prompt.width // LATENT_CELL)
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        with torch.no_grad():
+            wanted = self.conditioned(prompt, prompt.prompt)
+
+            def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
+                return self.predict(x, timesteps, wanted)
+
+            flow: Velocity = velocity
+            if prompt.guidance != 1:
+                unwanted = self.conditioned(prompt, prompt.negative_prompt)
+                flow = guided(velocity, lambda x, t: self.predict(x, t, unwanted), prompt.guidance)
+            sigmas = preview_sigmas(prompt.steps, prompt.shift)
+            return sample(flow, noise, sigmas, prompt.sampler or self.settings.sampler)
+
+    def _file_name(self, index: int, prompt: PreviewPrompt, when: str) -> str:
+        name = f"{self.settings.name}_" if self.settings.name else ""
+        seed = "" if prompt.seed is None else f"_{prompt.seed}"
+        return f"{name}{when}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+
+    def _parameters(self, prompt: PreviewPrompt, seed: int) -> str:
+        """The text that viewers of generated images know, one block."""
+        sampler = prompt.sampler or self.settings.sampler
+        return (
+            f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\nSteps: {prompt.steps}, Sampler: {sampler}, "
+            f"CFG scale: {prompt.guidance}, Seed: {seed}, Size: {prompt.width}x{prompt.height}, Shift: {prompt.shift}"
+        )
+
+
+def moment(step: int, epoch: int | None) -> str:
+    """The part of a preview's name that says when it was made: e + epoch, or the step."""
+    return f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+
+
+@contextmanager
+def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in eval mode and no gradient inside; afterwards modes and random states are as before."""
+    modes = [[(module, module.training) for module in each.modules()] for each in modules]
+    python, cpu = random.getstate(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module_modes in modes:
+            for module, training in module_modes:
+                module.training = training
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def write_sheet(path: Path, columns: Sequence[tuple[str, Sequence[Path]]], prompts: Sequence[str]) -> None:
+    """A picture with a row for each prompt and a column for each moment. columns: (title, a preview for each prompt)."""
+    from PIL import Image, ImageDraw
+
+    shown = [(title, [Image.open(p).convert("RGB") for p in paths]) for title, paths in columns]
+    for _, images in shown:
+        for place, image in enumerate(images):
+            scale = SHEET_CELL / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            images[place] = image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
+    title_height, text_height, gap = 24, 22, 6
+    width = len(shown) * (SHEET_CELL + gap) + gap
+    height = title_height + len(prompts) * (SHEET_CELL + text_height + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, images) in enumerate(shown):
+        left = gap + column * (SHEET_CELL + gap)
+        draw.text((left, 6), title, fill="black")
+        for row, image in enumerate(images):
+            top = title_height + row * (SHEET_CELL + text_height + gap)
+            sheet.paste(image, (left + (SHEET_CELL - image.width) // 2, top + text_height))
+    for row, prompt in enumerate(prompts):
+        top = title_height + row * (SHEET_CELL + text_height + gap)
+        draw.text((gap, top + 5), _fitting(prompt, width // 7), fill="black")
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _fitting(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: max(1, characters - 1)] + "…"

@@ -1,0 +1,103 @@
+"""Saving while training goes on: the caller hands over host copies, a thread writes them.
+
+Files appear whole or not at all, in the order in which they were handed over; old ones are removed only after the new one is
+on the disk. An error of the thread is raised at the next call on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.files import atomic_write, save_safetensors
+from library.options.errors import UserError
+
+logger = logging.getLogger(__name__)
+Job = Callable[[], None]
+WAITING_AT_MOST = 2  # jobs; each holds a host copy of what it saves
+
+
+class BackgroundSaver:
+    """Runs jobs one after another in a thread. Use it as a context: leaving it waits for all jobs."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[Job | None] = queue.Queue(WAITING_AT_MOST)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> BackgroundSaver:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+        if error is None:
+            self._raise()
+
+    def submit(self, job: Job) -> None:
+        """Have a job done. Waits only when two are waiting already."""
+        self._raise()
+        self._jobs.put(job)
+
+    def flush(self) -> None:
+        """Wait until everything handed over is on the disk."""
+        self._jobs.join()
+        self._raise()
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                if job is None:
+                    return
+                if self._error is None:
+                    job()
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._jobs.task_done()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA file: safetensors with metadata, or torch's format for .pt and .ckpt. UserError where the disk is full."""
+    try:
+        if path.suffix == ".safetensors":
+            save_safetensors(path, tensors, metadata)
+        else:
+            with atomic_write(path) as temporary:
+                torch.save(dict(tensors), temporary)
+    except OSError as error:
+        raise UserError(
+            f"{path}: the file cannot be written ({error.strerror or error}). What was saved before is whole."
+        ) from error
+    except Exception as error:
+        if "os error" not in str(error) and "I/O" not in str(error):
+            raise
+        raise UserError(f"{path}: the file cannot be written ({error}). What was saved before is whole.") from error
+    logger.info("Saved %s", path)
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Remove old files and state folders. One that cannot be removed is left, with a warning."""
+    for path in paths:
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            logger.info("Removed %s", path)
+        except OSError as error:
+            logger.warning("%s is old but cannot be removed: %s", path, error)
