@@ -1,0 +1,1 @@
+"""The options as tables, one file a concern."""
