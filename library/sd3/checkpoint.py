@@ -16,6 +16,7 @@ from library.sd3.file_kinds import kind_by_keys
 from library.sd3.header import Header, TensorInfo, parse_header, read_header
 from library.sd3.parts import Part, make_part
 from library.sd3.tensor_io import fingerprint, load_tensors, read_pickled_header
+from library.sd3.text_encoder_sizes import check_text_encoder
 
 __all__ = [
     "Header",
@@ -71,8 +72,8 @@ def locate_parts(
 ) -> ModelFiles:
     """Find every part by its tensors' names, in milliseconds.
 
-    UserError lists all that is wrong: files missing, malformed, cut short or of another kind (it says which), encoders of
-    other widths than the denoiser takes. An encoder or VAE that is nowhere is None, not an error.
+    UserError lists all that is wrong: files missing, malformed, cut short or of another kind (it says which), encoders with
+    missing, unknown or misshaped tensors or of other widths than the denoiser takes. An encoder or VAE that is nowhere is None, not an error.
     """
     problems = Problems()
     base = _open("--pretrained_model_name_or_path", checkpoint, problems)
@@ -85,7 +86,7 @@ def locate_parts(
             parts[name] = _separate(name, file, problems) if file is not None else None
     found = {name: part for name, part in parts.items() if part is not None}
     for part in found.values():
-        problems.found.extend(core_problems(part))
+        problems.found.extend(check_text_encoder(part) if part.name in ENCODERS else core_problems(part))
     problems.raise_if_any()
     problems.found.extend(fit_problems(found))
     problems.raise_if_any()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from library.options.errors import UserError
 from library.sd3.checkpoint import fingerprint, load_tensors, locate_parts
+from library.sd3.text_encoder_sizes import ClipSizes
 from tests.sd3 import tiny
 
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
@@ -210,7 +211,7 @@ def test_a_shard_of_a_split_encoder_is_recognised(whole, parts, tmp_path):
 
 
 def test_parts_of_other_sizes_are_refused(whole, parts, tmp_path):
-    wide = {**parts["clip_l"], "text_model.embeddings.token_embedding.weight": torch.zeros(186, 1280)}
+    wide = {key: torch.zeros(shape) for key, shape in ClipSizes(186, 77, 1280, 64, 1, 1280, True).tensors.items()}
     assert "is CLIP-G; the CLIP-L" in message(checkpoint=whole, clip_l=write(tmp_path / "l.safetensors", wide))
     assert "give 128 + 128 pooled" in message(
         checkpoint=whole, clip_l=write(tmp_path / "g.safetensors", parts["clip_g"])
@@ -224,6 +225,12 @@ def test_parts_of_other_sizes_are_refused(whole, parts, tmp_path):
 def test_a_denoiser_without_the_tensors_that_tell_its_size_is_an_error(parts, tmp_path):
     state = {key: value for key, value in parts["mmdit"].items() if key != "pos_embed"}
     assert "pos_embed is missing" in message(checkpoint=write(tmp_path / "a.safetensors", state))
+
+
+def test_an_encoder_with_a_missing_tensor_is_refused_by_its_header(whole, parts, tmp_path):
+    state = {key: value for key, value in parts["clip_g"].items() if not key.endswith("layers.1.mlp.fc2.bias")}
+    text = message(checkpoint=whole, clip_g=write(tmp_path / "g.safetensors", state))
+    assert "tensors of clip_g missing: text_model.encoder.layers.1.mlp.fc2.bias" in text
 
 
 # --- PyTorch files ---

@@ -239,6 +239,16 @@ def test_a_missing_encoders_share_is_zeros_and_the_rest_stays(missing, files, en
     assert len(notes) == len(missing) and all("share of the conditioning is zeros" in note for note in notes)
 
 
+def test_an_encoder_that_is_there_but_was_not_asked_leaves_zeros_of_its_own_width(files, encoding):
+    context, pooled = context_of(files, encoding)
+    context[:, :77, :64], pooled[:, :64] = 0, 0
+    rest = {name: tensor for name, tensor in encoding.to_dict().items() if name not in ("clip_l", "pooled_l")}
+    found_context, found_pooled = context_of(files, TextEncoding.from_dict(rest))
+    assert torch.equal(found_context, context) and torch.equal(found_pooled, pooled)
+    sizes = ContextSizes.from_files(files, 40)
+    assert (sizes.clip_l, sizes.pooled_l, sizes.pooled, sizes.context) == (64, 64, 192, 192)
+
+
 def test_no_encoder_at_all_is_an_error(tmp_path):
     files = locate_parts(tiny.save_single_file(tmp_path / "none.safetensors", {"mmdit": tiny.tiny_parts()["mmdit"]}))
     with pytest.raises(UserError, match="No text encoder was found"):

@@ -130,6 +130,21 @@ def test_half_precision_stays_near_float32(dtype, models, part_of):
         assert (ours.float() - reference).norm() < 0.03 * reference.norm()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_t5_stored_in_float8_computes_with_the_values_that_its_file_means(scaled, models, part_of):
+    stored, values = {}, {}
+    for key, value in t5_state(models).items():
+        scale = value.abs().max() / 448 if scaled and value.dim() == 2 and key != "shared.weight" else None
+        stored[key] = (value if scale is None else value / scale).to(torch.float8_e4m3fn)
+        values[key] = stored[key].float() * (1 if scale is None else scale)
+        if scale is not None:
+            stored[key.removesuffix("weight") + "scale_weight"] = scale
+    reference = tiny.tiny_t5(layers=3)
+    reference.load_state_dict({**values, "encoder.embed_tokens.weight": values["shared.weight"]})
+    model = load_t5(part_of("t5xxl", stored), "cpu", torch.float32)
+    assert_equal(t5_outputs(model), t5_outputs(reference))
+
+
 # --- layouts of the same weights ---
 
 
