@@ -1,7 +1,7 @@
 """From paths to parts: which file holds the denoiser, the three text encoders and the VAE of an SD3 model.
 
 Headers alone are read. One single file may hold everything; a path given for an encoder or the VAE wins over the copy in
-the checkpoint (spec of `--clip_l`, `--clip_g`, `--t5xxl`, `--vae`); "" means not given.
+the checkpoint (`--clip_l`, `--clip_g`, `--t5xxl`, `--vae`); "" means not given.
 """
 
 from __future__ import annotations
