@@ -1,5 +1,5 @@
 """Scans subsets of the folder style and the mask-image style: sizes, captions and masks. No pixels are read."""
-# ruff: noqa: PTH100, PTH118, PTH119, PTH123 - strings instead of Path objects, for speed and memory
+# ruff: noqa: PTH100, PTH118, PTH123 - strings instead of Path objects, for speed and memory
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from library.data import index_cache
 from library.data.folder import Listing, list_folder, pair, stem_of
-from library.data.index_cache import IndexCache, Stamp
+from library.data.index_cache import IndexCache, Stamp, forget_stale
 from library.data.scan import Found, Scan, ScanOptions, as_text, in_threads, read_sizes, some
 from library.data.settings import Size, SubsetSettings
 
@@ -24,25 +24,21 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
     if listing is None:
         return scan
     cache_file = index_cache.cache_path(Path(listing.folder), subset.cache_info, options.cache_dir)
-    known = index_cache.load(cache_file)
+    cache = index_cache.load(cache_file)
     pairs, twins = pair(listing)
     used = set(pairs.values())
     caption_stamps = {name: stamp for name, stamp in listing.captions.values() if name in used}
-    sizes = read_sizes(listing.folder, listing.images, known, options.workers, scan.bad)
-    texts = read_captions(listing.folder, caption_stamps, known, options.workers, scan.bad)
-    fresh = IndexCache(
-        {name: (listing.images[name], size) for name, size in sizes.items()},
-        {name: (caption_stamps[name], text) for name, text in texts.items()},
-    )
-    if fresh != known:
-        index_cache.save(cache_file, fresh)
+    sizes = read_sizes(listing.folder, listing.images, cache, options.workers, scan.bad)
+    texts = read_captions(listing.folder, caption_stamps, cache, options.workers, scan.bad)
+    index_cache.save(cache_file, cache)
     base = os.path.join(listing.folder, "")
     scan.links += [base + name for name in listing.links]
     for name, caption in pairs.items():
         if name not in sizes or (caption is not None and caption not in texts):  # told already
             continue
-        text = texts[caption] if caption is not None else subset.class_tokens or ""
-        scan.images.append(Found(base + name, sizes[name], listing.images[name], text))
+        stamp, size = sizes[name]
+        text = texts[caption][1] if caption is not None else subset.class_tokens or ""
+        scan.images.append(Found(base + name, size, stamp, text))
     _warn(scan, subset, listing, twins)
     _warn_of_captions(scan, subset, pairs, texts)
     if subset.conditioning_data_dir is not None:
@@ -76,16 +72,14 @@ def _listed(folder: Path | None, key: str, subset: SubsetSettings, scan: Scan) -
 
 
 def read_captions(
-    folder: str, stamps: Mapping[str, Stamp], known: IndexCache, workers: int, bad: list[tuple[str, str]]
-) -> dict[str, str]:
-    """Texts by name of the caption files that are the keys of `stamps`, from the cache `known` or from the files.
+    folder: str, stamps: Mapping[str, Stamp], cache: IndexCache, workers: int, bad: list[tuple[str, str]]
+) -> dict[str, tuple[Stamp, str]]:
+    """Stamps and texts of the caption files that are the keys of `stamps`: the cache's own entries, brought up to date.
 
-    Files that can't be read are added to `bad`, as path and reason.
+    Files that can't be read have no entry; they are added to `bad`, as path and reason.
     """
-    texts = {
-        name: entry[1] for name, stamp in stamps.items() if (entry := known.captions.get(name)) and entry[0] == stamp
-    }
-    unknown = [name for name in stamps if name not in texts] if len(texts) < len(stamps) else []
+    cache.changed |= forget_stale(cache.captions, stamps)
+    unknown = [name for name in stamps if name not in cache.captions]
 
     def read(name: str) -> tuple[str, str]:
         """(text, "") or ("", reason)."""
@@ -101,8 +95,9 @@ def read_captions(
         if reason:
             bad.append((os.path.join(folder, name), f"the caption file {reason}"))
         else:
-            texts[name] = text
-    return texts
+            cache.captions[name] = (stamps[name], text)
+            cache.changed = True
+    return cache.captions
 
 
 def _warn(scan: Scan, subset: SubsetSettings, listing: Listing, twins: list[str]) -> None:
@@ -119,7 +114,7 @@ def _warn(scan: Scan, subset: SubsetSettings, listing: Listing, twins: list[str]
 
 
 def _warn_of_captions(
-    scan: Scan, subset: SubsetSettings, pairs: Mapping[str, str | None], texts: Mapping[str, str]
+    scan: Scan, subset: SubsetSettings, pairs: Mapping[str, str | None], texts: Mapping[str, tuple[Stamp, str]]
 ) -> None:
     """Which images have no caption file, and which an empty one."""
     without = [name for name, caption in pairs.items() if caption is None]
@@ -128,7 +123,7 @@ def _warn_of_captions(
         scan.warnings.append(
             f"{subset.name}: {len(without)} images have no {subset.caption_extension} file and get {instead}: {some(without)}."
         )
-    empty = [name for name, text in texts.items() if not text]
+    empty = [name for name, (_, text) in texts.items() if not text]
     if empty:
         scan.warnings.append(f"{subset.name}: empty caption files give empty captions: {some(sorted(empty))}.")
 
@@ -139,12 +134,10 @@ def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None
     if listing is None:
         return
     cache_file = index_cache.cache_path(Path(listing.folder), subset.cache_info, options.cache_dir)
-    known = index_cache.load(cache_file)
+    cache = index_cache.load(cache_file)
     expected = {stem_of(found.path) for found in scan.images} | {stem_of(path) for path, _ in scan.bad}
-    sizes = read_sizes(listing.folder, listing.images, known, options.workers, scan.bad)
-    fresh = IndexCache({name: (listing.images[name], size) for name, size in sizes.items()})
-    if fresh != known:
-        index_cache.save(cache_file, fresh)
+    sizes = read_sizes(listing.folder, listing.images, cache, options.workers, scan.bad)
+    index_cache.save(cache_file, cache)
 
     def problem(text: str) -> None:
         scan.problems.append(f"{subset.name}: {text}.")
@@ -163,7 +156,7 @@ def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None
             problem(f"{found.path} has no mask of its stem in {listing.folder}")
         elif mask in sizes:
             found.mask_path = os.path.join(listing.folder, mask)
-            _compare(sizes[mask], found, problem)
+            _compare(sizes[mask][1], found, problem)
     scan.images = [found for found in scan.images if found.mask_path is not None]
 
 

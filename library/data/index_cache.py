@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from library.data.settings import Size
 from library.files import write_text
@@ -25,16 +26,29 @@ _VERSION = 1
 _TOO_FRESH_NS = 2_000_000_000
 """A file changed this shortly before the cache is written could change again within the same tick of its clock."""
 
+Item = TypeVar("Item")
 Stamp = tuple[int, int]
 """(size in bytes, mtime in ns) of a file."""
 
 
 @dataclass
 class IndexCache:
-    """Entries by file name: (stamp, size) of images and (stamp, text) of caption files."""
+    """Entries by file name: (stamp, size) of images and (stamp, text) of caption files.
+
+    The scan brings them up to date in place; `changed` says whether it had to.
+    """
 
     images: dict[str, tuple[Stamp, Size]] = field(default_factory=dict)
     captions: dict[str, tuple[Stamp, str]] = field(default_factory=dict)
+    changed: bool = False
+
+
+def forget_stale(entries: dict[str, tuple[Stamp, Item]], stamps: Mapping[str, Stamp]) -> bool:
+    """Remove the entries of files that are gone or have another stamp now; say whether there were any."""
+    stale = [name for name, entry in entries.items() if stamps.get(name) != entry[0]]
+    for name in stale:
+        del entries[name]
+    return bool(stale)
 
 
 def cache_path(source: Path, beside: bool, cache_dir: Path | None) -> Path | None:
@@ -69,8 +83,8 @@ def load(path: Path | None) -> IndexCache:
 
 
 def save(path: Path | None, cache: IndexCache) -> None:
-    """Write the cache whole or not at all. A folder that can't be written to is no reason to stop: it is said and passed over."""
-    if path is None:
+    """Write the cache, if it has changed, whole or not at all. A folder that can't be written to is no reason to stop: it is said and passed over."""
+    if path is None or not cache.changed:
         return
     limit = time.time_ns() - _TOO_FRESH_NS
     images = [(name, *stamp, *size) for name, (stamp, size) in cache.images.items() if stamp[1] < limit]

@@ -13,7 +13,7 @@ from typing import Any
 
 from library.data import headers, index_cache
 from library.data.captions import joiner
-from library.data.index_cache import IndexCache, Stamp
+from library.data.index_cache import Stamp
 from library.data.scan import Found, Scan, ScanOptions, read_sizes, some
 from library.data.settings import SubsetSettings
 
@@ -45,14 +45,13 @@ def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
             continue
         entries[image], stamps[image] = entry, stamp
     cache_file = index_cache.cache_path(path, subset.cache_info, options.cache_dir)
-    known = index_cache.load(cache_file)
-    sizes = read_sizes("", stamps, known, options.workers, scan.bad)
-    fresh = IndexCache({image: (stamps[image], size) for image, size in sizes.items()})
-    if fresh != known:
-        index_cache.save(cache_file, fresh)
+    cache = index_cache.load(cache_file)
+    sizes = read_sizes("", stamps, cache, options.workers, scan.bad)
+    index_cache.save(cache_file, cache)
     for image in sorted(sizes):
         text = full_caption(entries[image].caption, entries[image].tags, subset)
-        scan.images.append(Found(image, sizes[image], stamps[image], text))
+        stamp, size = sizes[image]
+        scan.images.append(Found(image, size, stamp, text))
         if os.path.islink(image):
             scan.links.append(image)
     _warn(scan, subset, entries, twice)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from library.data.headers import BadImageError, image_size
-from library.data.index_cache import IndexCache, Stamp
+from library.data.index_cache import IndexCache, Stamp, forget_stale
 from library.data.settings import Size
 
 Item = TypeVar("Item")
@@ -50,16 +50,14 @@ class ScanOptions:
 
 
 def read_sizes(
-    folder: str, stamps: Mapping[str, Stamp], known: IndexCache, workers: int, bad: list[tuple[str, str]]
-) -> dict[str, Size]:
-    """Sizes by name of the images that are the keys of `stamps`, from the cache `known` or from their headers.
+    folder: str, stamps: Mapping[str, Stamp], cache: IndexCache, workers: int, bad: list[tuple[str, str]]
+) -> dict[str, tuple[Stamp, Size]]:
+    """Stamps and sizes of the images that are the keys of `stamps`: the cache's own entries, brought up to date from headers.
 
-    Names are relative to `folder`, or absolute. Images that can't be used are added to `bad`, as path and reason.
+    Names are relative to `folder`, or absolute. Images that can't be used have no entry; they are added to `bad`, as path and reason.
     """
-    sizes = {
-        name: entry[1] for name, stamp in stamps.items() if (entry := known.images.get(name)) and entry[0] == stamp
-    }
-    unknown = [name for name in stamps if name not in sizes] if len(sizes) < len(stamps) else []
+    cache.changed |= forget_stale(cache.images, stamps)
+    unknown = [name for name in stamps if name not in cache.images]
     shared: dict[Size, Size] = {}  # equal sizes are one object
 
     def read(name: str) -> Size | str:
@@ -72,8 +70,9 @@ def read_sizes(
         if isinstance(size_or_reason, str):
             bad.append((os.path.join(folder, name), size_or_reason))
         else:
-            sizes[name] = shared.setdefault(size_or_reason, size_or_reason)
-    return sizes
+            cache.images[name] = (stamps[name], shared.setdefault(size_or_reason, size_or_reason))
+            cache.changed = True
+    return cache.images
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
