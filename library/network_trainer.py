@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,13 +24,16 @@ from library.data.loader import Batch, Loader, LoaderSettings
 from library.data.settings import Size
 from library.data.text_cache import TextCache, TextCacheSettings
 from library.options.errors import UserError
+from library.run_events import RunEvents
 from library.run_plan import path_or_none, plan_run
 from library.run_settings import flow_settings, loss_settings, scheduler_settings
+from library.sd3.flow import validation_timesteps
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
 from library.training.optimizers import build_optimizer
 from library.training.precision import choose_precision
+from library.training.previews import Previewer
 from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, mix_seed, seed_everything
 from library.training.step import DenoisingStep, StepInput, StepResult
@@ -49,7 +53,8 @@ class NetworkTrainer(ABC):
         self.start_processes()
         self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
         if self.args.dry_run or self.args.debug_dataset:
-            return self.show_plan()
+            self.show_plan()
+            return None
         self.cache_texts()
         self.cache_latents()
         self.load_denoiser()
@@ -73,7 +78,7 @@ class NetworkTrainer(ABC):
 
     def show_plan(self) -> None:
         """What would be trained, without training: `--dry_run` and `--debug_dataset`."""
-        logger.info("\n%s", self.plan.text(self.args.gradient_accumulation_steps))
+        print(self.plan.text(self.args.gradient_accumulation_steps))
 
     def cache_texts(self) -> None:
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
@@ -102,7 +107,8 @@ class NetworkTrainer(ABC):
     def cache_latents(self) -> None:
         """Encode images ahead where that is wanted; the VAE stays only for live encoding and previews."""
         args, plan = self.args, self.plan
-        self.latents, self.validation_latents, self.vae = None, None, None
+        self.latents, self.validation_latents = None, None
+        self.vae: Any = None
         if args.cache_latents:
             settings = LatentCacheSettings(
                 fingerprint=self.vae_fingerprint(),
@@ -170,23 +176,28 @@ class NetworkTrainer(ABC):
             steps_per_epoch=plan.length.steps_per_epoch,
             accumulation=args.gradient_accumulation_steps,
             max_train_steps=plan.length.max_steps,
-            masked=True,
             rank=self.accelerator.process_index,
-            workers=min(args.max_data_loader_n_workers, _cores() - 1),
+            workers=min(args.max_data_loader_n_workers, (os.cpu_count() or 1) - 1),
             pin_memory=self.device.type == "cuda",
             persistent=args.persistent_data_loader_workers,
         )
         self.loader = Loader(plan.training, settings, self.latents, self.texts)
+        self.validation_loader = (
+            Loader(plan.validation, settings, self.validation_latents, self.validation_texts)
+            if plan.validation
+            else None
+        )
+        flow = flow_settings(args)
+        self.validation_timesteps = validation_timesteps(flow)
+        self.validation_seed = plan.seed if args.validation_seed is None else args.validation_seed
         self.step = DenoisingStep(
-            flow_settings(args), loss_settings(args), self.predict, lambda: self.network.enabled(False), self.device
+            flow, loss_settings(args), self.predict, lambda: self.network.enabled(False), self.device
         )
 
     def run(self) -> Path:
         """Train from the start, or from where a state left off, to the end."""
-        from library.run_events import RunEvents
-
         args, plan = self.args, self.plan
-        loop_settings = LoopSettings(
+        settings = LoopSettings(
             accumulation=args.gradient_accumulation_steps,
             max_steps=plan.length.max_steps,
             max_grad_norm=args.max_grad_norm,
@@ -204,10 +215,9 @@ class NetworkTrainer(ABC):
             ema=self.ema,
             after_step=self._cap_norms if args.scale_weight_norms else None,
         )
-        with RunEvents(self) as events:
-            position = events.begin()
-            loop = TrainingLoop(loop_settings, parts, events)
-            position = loop.run(position, self.loader.batches, plan.training.samples)
+        with RunEvents(self, self.make_previewer()) as events:
+            loop = TrainingLoop(settings, parts, events)
+            position = loop.run(events.begin(), self.loader.batches, plan.training.samples)
             return events.finish(position)
 
     # --- one micro-batch -------------------------------------------------------------------------------------------
@@ -218,6 +228,12 @@ class NetworkTrainer(ABC):
         if batch.network_multiplier != self.network.multiplier:
             self.network.set_multiplier(batch.network_multiplier)
         return self.step(self.step_input(batch, draws, training=True), draws)
+
+    def validation_losses(self, batch: Batch, draws: DrawGenerators, timestep: int) -> StepResult:
+        """The losses of a validation micro-batch at one timestep."""
+        batch = batch.to(self.device)
+        self.network.set_multiplier(batch.network_multiplier)
+        return self.step(self.step_input(batch, draws, training=False), draws, timestep)
 
     def step_input(self, batch: Batch, draws: DrawGenerators, training: bool) -> StepInput:
         return StepInput(
@@ -263,6 +279,10 @@ class NetworkTrainer(ABC):
     @abstractmethod
     def encode_prompts(self, names: Sequence[str]) -> None:
         """Encode the preview prompts with the encoders that training leaves as they are."""
+
+    @abstractmethod
+    def make_previewer(self) -> Previewer | None:
+        """The previews that are asked for, or None."""
 
     @abstractmethod
     def load_vae(self) -> Any: ...
@@ -319,9 +339,3 @@ class NetworkTrainer(ABC):
 
     def _cap_norms(self) -> Any:
         return self.network.scale_weight_norms(self.args.scale_weight_norms)
-
-
-def _cores() -> int:
-    import os
-
-    return os.cpu_count() or 1

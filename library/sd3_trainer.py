@@ -9,7 +9,8 @@ import logging
 import random
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,10 +35,13 @@ from library.sd3.conditioning import (
 from library.sd3.mmdit import MMDiT, MMDiTConfig
 from library.sd3.models import load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
+from library.sd3.sampling import SAMPLERS
 from library.sd3.text_encoder_sizes import check_text_encoder
 from library.sd3.text_stage import ENCODERS, EncoderPlacement, TextStage, parse_t5_dtype
 from library.sd3.tokenizers import load_tokenizers
-from library.sd3.vae import Vae, normalise, sample_posterior
+from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
+from library.training.previews import Previewer, PreviewSettings
+from library.training.prompts import PreviewPrompt, read_prompts
 from library.training.seeds import DrawGenerators
 from networks.network_arguments import check_network_args, trains_t5xxl
 
@@ -184,7 +188,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         moved = training and self.args.pos_emb_random_crop_rate > random.random()
         if not moved:
             return None if table is None else crop_pos_embed(table, height, width)
-        table = self.denoiser.pos_embed if table is None else table
+        table = cast(Tensor, self.denoiser.pos_embed) if table is None else table
         side = int(table.shape[1] ** 0.5 + 0.5)
         return crop_pos_embed(table, height, width, random_offset(side, height, width, random.Random(random.random())))
 
@@ -192,5 +196,40 @@ class Sd3NetworkTrainer(NetworkTrainer):
         context, pooled, pos_embed = conditioning
         return self.denoiser(noisy, timesteps, context, pooled, pos_embed)
 
+    # --- previews --------------------------------------------------------------------------------------------------
+
     def encode_prompts(self, names: Sequence[str]) -> None:
-        self.prompt_encodings: dict[str, Any] = {}
+        """Texts of the preview prompts, from the encoders that training leaves as they are."""
+        self.prompts = read_prompts(self.args.sample_prompts) if self.args.sample_prompts else []
+        texts = list(dict.fromkeys(text for prompt in self.prompts for text in (prompt.prompt, prompt.negative_prompt)))
+        rows = self.text_stage.encode_ahead(texts, names, self.args.text_encoder_batch_size or 1) if texts else []
+        self.prompt_rows = dict(zip(texts, rows))
+
+    def make_previewer(self) -> Previewer | None:
+        args = self.args
+        if not self.prompts or not (args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs):
+            return None
+        settings = PreviewSettings(
+            Path(args.output_dir),
+            args.output_name or "",
+            SAMPLERS.get(args.sample_sampler, "euler"),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return Previewer(self.prompts, settings, self.prompt_conditioning, self.predict, self.decode, self.device)
+
+    def prompt_conditioning(self, prompt: PreviewPrompt, text: str) -> Conditioning:
+        """A prompt's text as the denoiser wants it: trained encoders speak for themselves, the others did so before."""
+        encoding = TextEncoding.stack([self.prompt_rows[text]])
+        trained = [name for name, on in zip(ENCODERS, self.plan.rates.trained_text_encoders) if on]
+        live = [name for name in trained if name in self.text_stage.present]
+        if live:
+            encoding = encoding.merged(self.text_stage.encode_live([text], live))
+        context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
+        return context, pooled, self.position_embedding((prompt.width, prompt.height), training=False)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents -> images. The VAE that previews need is loaded once and stays."""
+        if self.vae is None:
+            self.vae = self.load_vae()
+        return self.vae.decode(denormalise(latents))

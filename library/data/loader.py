@@ -56,7 +56,6 @@ class LoaderSettings:
     steps_per_epoch: int  # optimizer steps, for token warm-up
     accumulation: int
     max_train_steps: int
-    masked: bool  # masks count in the loss
     rank: int = 0
     workers: int = 0
     pin_memory: bool = False
@@ -98,7 +97,7 @@ class BatchReader(Dataset[Batch]):
             latents=torch.stack([item.latents for item in items if item.latents is not None]) if not images else None,
             captions=[item.caption for item in items],
             text=_stack([item.text for item in items]),
-            mask=_stack_masks(masks) if self.settings.masked else None,
+            mask=_stack_masks(masks),
             loss_weights=weights,
             preserve=preserve if bool(preserve.any()) else None,
             network_multiplier=dataset.settings.network_multiplier,

@@ -1,0 +1,280 @@
+"""What happens around the steps of a run: logs, previews, validation, LoRA files and states, and the end of it all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.options.errors import UserError
+from library.run_metrics import RunMetrics
+from library.run_options import options_that_shape
+from library.training.loop import StepReport
+from library.training.output_names import OutputNames, SaveRhythm, epochs_between_saves
+from library.training.previews import Previewer, moment, write_sheet
+from library.training.saving import BackgroundSaver, remove, write_weights
+from library.training.seeds import DrawGenerators
+from library.training.signals import StopSignals
+from library.training.state import (
+    Position,
+    SavedState,
+    changed_options,
+    newest_state,
+    open_state,
+    take_snapshot,
+    write_state,
+)
+from library.training.validation import validate
+
+if TYPE_CHECKING:
+    from library.network_trainer import NetworkTrainer
+
+logger = logging.getLogger(__name__)
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class RunEvents:
+    """The `Events` of the training loop. Use it as a context: leaving it finishes all writing."""
+
+    def __init__(self, trainer: NetworkTrainer, previewer: Previewer | None):
+        args = trainer.args
+        self.trainer, self.args, self.previewer = trainer, args, previewer
+        self.main = trainer.accelerator.is_main_process
+        self.names = OutputNames(Path(args.output_dir), args.output_name, args.save_model_as or "safetensors")
+        every = epochs_between_saves(args.save_every_n_epochs, args.save_n_epoch_ratio, trainer.plan.length.epochs)
+        self.rhythm = SaveRhythm(every, args.save_every_n_steps)
+        self.columns: list[tuple[str, list[Path]]] = []
+        self.last_saved_at = time.monotonic()
+
+    def __enter__(self) -> RunEvents:
+        with ExitStack() as stack:
+            self.saver = stack.enter_context(BackgroundSaver())
+            self.signals = stack.enter_context(StopSignals())
+            self.metrics = stack.enter_context(RunMetrics(self.trainer, self.names))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    # --- the run's beginning and end -------------------------------------------------------------------------------
+
+    def begin(self) -> Position:
+        """Load the state to resume from, if any, and make the previews that come before the first step."""
+        state = self._state_to_resume()
+        position = self._restore(state) if state else Position()
+        self.metrics.start(position)
+        if self.previewer and (self.args.sample_at_first and position.step == 0):
+            self.make_previews(position, epoch=None)
+        return position
+
+    def finish(self, position: Position) -> Path:
+        """Save the LoRA, and the state where that is wanted; a run that was told to stop saves both and exits."""
+        stopped = self.signals.received is not None and position.step < self.trainer.plan.length.max_steps
+        path = self.names.step(position.step) if stopped else self.names.final()
+        self.save_weights(path, position)
+        if stopped or self.args.save_state or self.args.save_state_on_train_end:
+            self.save_state(self.names.state_step(position.step) if stopped else self.names.state_final(), position)
+        self.saver.flush()
+        if stopped:
+            logger.warning("Stopped at step %d. To go on: the same command with --resume auto", position.step)
+            raise SystemExit(self.signals.exit_code)
+        return path
+
+    # --- between steps ---------------------------------------------------------------------------------------------
+
+    def should_stop(self) -> bool:
+        return self.signals.received is not None
+
+    def after_step(self, report: StepReport) -> None:
+        args, position = self.args, report.position
+        self.metrics.step(report)
+        if self.rhythm.step_is_due(position.step) or self._minutes_are_up():
+            self.save_at_step(position)
+        if args.validate_every_n_steps and position.step % args.validate_every_n_steps == 0:
+            self.validate(position, "step")
+        if self.previewer and args.sample_every_n_steps and not args.sample_every_n_epochs:
+            if position.step % args.sample_every_n_steps == 0:
+                self.make_previews(position, epoch=None)
+
+    def after_epoch(self, position: Position) -> None:
+        args, epoch = self.args, position.epoch
+        self.metrics.epoch(position)
+        every = args.validate_every_n_epochs or (None if args.validate_every_n_steps else 1)
+        if every and epoch % every == 0:
+            self.validate(position, "epoch")
+        if self.rhythm.epoch_is_due(epoch, self.trainer.plan.length.epochs):
+            self.save_at_epoch(position)
+        if self.previewer and args.sample_every_n_epochs and epoch % args.sample_every_n_epochs == 0:
+            self.make_previews(position, epoch)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def save_at_step(self, position: Position) -> None:
+        args, step = self.args, position.step
+        old = self.names.old_steps(step, args.save_last_n_steps) if args.save_last_n_steps else []
+        self.save_weights(self.names.step(step), position, old)
+        if args.save_state:
+            keep = args.save_last_n_steps_state or args.save_last_n_steps
+            self.save_state(
+                self.names.state_step(step), position, self.names.old_steps(step, keep, True) if keep else []
+            )
+
+    def save_at_epoch(self, position: Position) -> None:
+        args, epoch = self.args, position.epoch
+        old = self.names.old_epochs(epoch, args.save_last_n_epochs) if args.save_last_n_epochs else []
+        self.save_weights(self.names.epoch(epoch), position, old)
+        if args.save_state:
+            keep = args.save_last_n_epochs_state or args.save_last_n_epochs
+            old_states = self.names.old_epochs(epoch, keep, True) if keep else []
+            self.save_state(self.names.state_epoch(epoch), position, old_states)
+
+    def save_weights(self, path: Path, position: Position, old: list[Path] | None = None) -> None:
+        """Hand a copy of the LoRA to the saver. With an EMA its average is saved beside, or instead."""
+        self.last_saved_at = time.monotonic()
+        if not self.main:
+            return
+        trainer = self.trainer
+        dtype = SAVE_DTYPES.get(self.args.save_precision or "")
+        metadata = self.metrics.metadata(position)
+        files: list[tuple[Path, dict[str, Tensor]]] = []
+        averages = trainer.ema.averages if trainer.ema else None
+        with trainer.optimizer.evaluation_weights():
+            if averages is None or self.args.ema_save == "beside":
+                files.append((path, trainer.network.state_dict_for_saving(dtype)))
+        if averages is not None:
+            beside = path.with_name(f"{path.stem}-ema{path.suffix}")
+            target = beside if self.args.ema_save == "beside" else path
+            files.append((target, trainer.network.state_dict_for_saving(dtype, averages)))
+
+        def write() -> None:
+            for target, tensors in files:
+                write_weights(target, tensors, metadata)
+            remove([p for p in old or [] if p not in {target for target, _ in files}])
+
+        self.saver.submit(write)
+
+    def save_state(self, folder: Path, position: Position, old: list[Path] | None = None) -> None:
+        """Hand a snapshot of the whole run to the saver; several processes write together."""
+        trainer = self.trainer
+        snapshot = take_snapshot(
+            position,
+            options_that_shape(self.args, trainer.plan),
+            trainer.network.state_dict(),
+            self._components(),
+        )
+        if trainer.accelerator.num_processes > 1:
+            self.saver.flush()
+            write_state(folder, snapshot, trainer.accelerator.process_index, trainer.accelerator.wait_for_everyone)
+            if self.main:
+                remove(old or [])
+            return
+
+        def write() -> None:
+            write_state(folder, snapshot)
+            logger.info("Saved state %s", folder)
+            remove([p for p in old or [] if p != folder])
+
+        self.saver.submit(write)
+
+    # --- validation and previews -----------------------------------------------------------------------------------
+
+    def validate(self, position: Position, kind: str) -> None:
+        """The loss on the held-out images at fixed timesteps and noise."""
+        trainer = self.trainer
+        if trainer.validation_loader is None:
+            return
+        with self.evaluation_weights():
+            loss = validate(
+                trainer.validation_loader.batches(0),
+                trainer.validation_losses,
+                trainer.validation_timesteps,
+                trainer.validation_seed,
+                self.args.max_validation_steps,
+                DrawGenerators(trainer.device),
+                [trainer.network],
+            )
+        loss = trainer.accelerator.reduce(loss, "sum")  # [sum, count]
+        self.metrics.validation(position, kind, loss)
+
+    def make_previews(self, position: Position, epoch: int | None) -> None:
+        assert self.previewer is not None
+        with self.evaluation_weights():
+            multiplier = self.trainer.network.multiplier
+            self.trainer.network.set_multiplier(1.0)
+            previews = self.previewer.make(moment(position.step, epoch), [self.trainer.network])
+            self.trainer.network.set_multiplier(multiplier)
+        self.metrics.previews(position, previews)
+        if self.main and self.trainer.accelerator.num_processes == 1:
+            title = f"step {position.step}" if epoch is None else f"epoch {epoch}"
+            self.columns.append((title, [preview.path for preview in previews]))
+            prompts = [prompt.prompt for prompt in self.previewer.prompts]
+            name = f"{self.args.output_name or 'last'}_contact_sheet.png"
+            write_sheet(self.names.folder / name, self.columns, prompts)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The weights as a user of the file would have them: averaged where an EMA or the optimizer averages."""
+        trainer = self.trainer
+        with trainer.optimizer.evaluation_weights():
+            if trainer.ema is None:
+                yield
+            else:
+                with trainer.ema.swapped():
+                    yield
+
+    # --- resume ----------------------------------------------------------------------------------------------------
+
+    def _state_to_resume(self) -> SavedState | None:
+        wanted = self.args.resume
+        if not wanted:
+            return None
+        if wanted != "auto":
+            return open_state(Path(wanted))
+        state = newest_state(self.names.folder, self.args.output_name or "last")
+        logger.info("--resume auto: %s", f"going on from {state.folder}" if state else "no state found, starting anew")
+        return state
+
+    def _restore(self, state: SavedState) -> Position:
+        trainer = self.trainer
+        differences = changed_options(state.options, options_that_shape(self.args, trainer.plan))
+        if differences:
+            raise UserError(
+                f"--resume {state.folder}: options that shape the run have changed: {'; '.join(differences)}. "
+                "Give the old values, or start a new run with --network_weights."
+            )
+        if state.position.step >= trainer.plan.length.max_steps:
+            raise UserError(
+                f"--resume {state.folder}: the state is at step {state.position.step}, and the run is to end at "
+                f"{trainer.plan.length.max_steps}. Raise --max_train_steps or --max_train_epochs."
+            )
+        missing = trainer.network.load_state_dict(state.weights(), strict=True)
+        assert not missing.missing_keys
+        for name, component in self._components().items():
+            saved = state.component(name)
+            if saved is None:
+                raise UserError(f"--resume {state.folder}: {name}.pt is missing. Resume from another state.")
+            component.load_state_dict(saved)
+        logger.info("Resumed at step %d (epoch %d)", state.position.step, state.position.epoch + 1)
+        return state.position
+
+    def _components(self) -> dict[str, Any]:
+        trainer = self.trainer
+        parts = {
+            "optimizer": trainer.optimizer,
+            "scheduler": trainer.schedule,
+            "averages": self.metrics,
+            "scaler": trainer.scaler,
+            "ema": trainer.ema,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _minutes_are_up(self) -> bool:
+        minutes = self.args.save_every_n_minutes
+        return bool(minutes) and time.monotonic() - self.last_saved_at >= 60 * minutes

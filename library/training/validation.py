@@ -1,0 +1,39 @@
+"""Validation: the loss on held-out images at fixed timesteps with fixed noise, comparable from step to step and run to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.training.previews import undisturbed
+from library.training.seeds import DrawGenerators, mix_seed
+from library.training.step import StepResult
+
+
+def validate(
+    batches: Iterable[Any],
+    losses: Callable[[Any, DrawGenerators, int], StepResult],
+    timesteps: Sequence[int],
+    seed: int,
+    max_batches: int | None,
+    draws: DrawGenerators,
+    modules: Sequence[nn.Module],
+) -> Tensor:
+    """The sum of the losses and their count, [2] float32 on the device; every batch at every timestep.
+
+    losses(batch, draws, timestep): of one batch. The noise depends on seed, batch and timestep alone. modules: put in eval
+    mode meanwhile; training's random states are left as they were.
+    """
+    total = torch.zeros(2, device=draws.device.device)
+    with undisturbed(modules):
+        for number, batch in enumerate(islice(batches, max_batches)):
+            for timestep in timesteps:
+                draws.place(mix_seed(seed, "validation", number, timestep))
+                found = losses(batch, draws, timestep).losses
+                counted = batch.loss_weights.to(found.device) > 0  # a filler counts nothing
+                total += torch.stack([found[counted].sum(), counted.sum().float()])
+    return total
