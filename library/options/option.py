@@ -35,6 +35,7 @@ class Option:
     nargs: str | None = None
     kind: Kind = Kind.WORKS
     reason: str = ""
+    secret: bool = False  # never written to a file or a log
     turns_off: str = ""  # a switch that sets another switch to False: that one's name
 
     @property
@@ -118,6 +119,13 @@ def read_value(option: Option, text: str) -> Any:
         raise ValueError(f"it must be {TYPE_NAMES[option.type]}, but it is {text!r}") from None
     check_choice(option, value)
     return value
+
+
+def read_switch(option: Option, text: str) -> bool:
+    """What `--switch=true` or `--switch=false` sets the option's dest to. Raises ValueError for other words."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"it is on or off: give it alone, or with =true or =false, not {text!r}")
+    return (text.lower() == "true") is not bool(option.turns_off)
 
 
 def check_choice(option: Option, value: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from library.options.errors import Problems
-from library.options.option import METAVARS, Option, read_value
+from library.options.option import METAVARS, Option, read_switch, read_value
 from library.options.table import GROUPS, OPTIONS, options_by_name
 
 NEGATIVE_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$|-\d+(\.\d*)?[eE][-+]?\d+$")
@@ -97,9 +97,7 @@ def _is_flag(word: str) -> bool:
 def _value(option: Option, texts: list[str], inline: bool) -> Any:
     """An option's value from the words that follow it. Raises ValueError with what is wrong."""
     if option.is_switch:
-        if inline:
-            raise ValueError(f"it takes no value, but {texts[0]!r} is given; leave {'=' + texts[0]!r} out")
-        return not option.turns_off
+        return read_switch(option, texts[0] if inline else "true")
     if option.nargs == "*":
         return [read_value(option, text) for text in texts]
     if not texts:

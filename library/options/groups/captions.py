@@ -48,7 +48,7 @@ GROUP = Group(
             "--token_warmup_step",
             "The step from which on all parts of a caption are used; a number below 1 is a share of all steps; 0 is from the start.",
             finite,
-            0.0,
+            0,
         ),
     ),
 )

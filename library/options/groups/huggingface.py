@@ -10,7 +10,7 @@ GROUP = Group(
         Option("--huggingface_repo_id", "Upload every saved file to this repository, as in name/repository."),
         Option("--huggingface_repo_type", "The kind of repository: model, dataset or space. Unset, it is model."),
         Option("--huggingface_path_in_repo", "The folder in the repository. Unset, it is the top."),
-        Option("--huggingface_token", "The token to log in with. It is never written anywhere."),
+        Option("--huggingface_token", "The token to log in with. It is never written anywhere.", secret=True),
         Option(
             "--huggingface_repo_visibility",
             "public makes a public repository; anything else, and unset, a private one.",

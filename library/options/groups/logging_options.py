@@ -29,7 +29,9 @@ GROUP = Group(
         Option("--log_tracker_config", "A TOML file with arguments for the tracker.", path),
         switch("--log_config", "Send the options, without secrets, to the trackers."),
         Option("--wandb_run_name", "The run's name in Weights & Biases."),
-        Option("--wandb_api_key", "The key to log in to Weights & Biases with. It is never written anywhere."),
+        Option(
+            "--wandb_api_key", "The key to log in to Weights & Biases with. It is never written anywhere.", secret=True
+        ),
         switch(
             "--report",
             "Keep a report.html in --output_dir: curves, previews, dataset and options in one file.",

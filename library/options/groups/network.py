@@ -13,7 +13,7 @@ GROUP = Group(
             "--network_alpha",
             "The LoRA's alpha: what it adds is scaled by alpha over rank; 0 means the rank.",
             finite,
-            1.0,
+            1,
         ),
         Option(
             "--network_dropout",

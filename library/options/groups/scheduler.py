@@ -33,7 +33,7 @@ GROUP = Group(
             0,
         ),
         Option("--lr_scheduler_num_cycles", "How many cycles the schedules with restarts have.", int, 1),
-        Option("--lr_scheduler_power", "The exponent of the polynomial schedule.", finite, 1.0),
+        Option("--lr_scheduler_power", "The exponent of the polynomial schedule.", finite, 1),
         Option("--lr_scheduler_timescale", "The time scale of inverse_sqrt, in steps. Unset, it is the warm-up.", int),
         Option(
             "--lr_scheduler_min_lr_ratio",

@@ -1,0 +1,161 @@
+"""What is wrong with options as such: conflicts that show without a model, a dataset or a device.
+
+Not here, since the rooms that know the formulas say it: timesteps, loss, schedule, optimizer, learning rates, the dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from library.options.limits import limit_problems
+from library.options.not_yet import NOT_YET
+from library.options.option import Kind
+from library.options.table import OPTIONS, options_by_name
+
+REQUIRED = {
+    "pretrained_model_name_or_path": "the base model's file",
+    "output_dir": "the folder for the results",
+    "network_module": "what to train, for example networks.lora_sd3",
+}
+# option -> the options of which at least one must be given with it
+NEEDS = {
+    "dim_from_weights": ("network_weights",),
+    "base_weights_multiplier": ("base_weights",),
+    "sample_every_n_steps": ("sample_prompts",),
+    "sample_every_n_epochs": ("sample_prompts",),
+    "sample_at_first": ("sample_prompts",),
+    "text_cache_variants": ("cache_text_encoder_outputs",),
+    "output_config": ("config_file",),
+    "resume_from_huggingface": ("resume",),
+    "save_state_to_huggingface": ("huggingface_repo_id",),
+}
+# the same, where the option merely does nothing without the others
+USELESS_WITHOUT = {
+    "vram": ("memory_plan", "blocks_to_swap"),
+    "ema_save": ("ema_decay",),
+    "conditioning_data_dir": ("masked_loss",),
+    "save_last_n_epochs": ("save_every_n_epochs", "save_n_epoch_ratio"),
+    "save_last_n_steps": ("save_every_n_steps",),
+    "save_last_n_epochs_state": ("save_state",),
+    "save_last_n_steps_state": ("save_state",),
+    "skip_until_initial_step": ("initial_epoch", "initial_step", "resume"),
+    "dynamo_backend": ("torch_compile",),
+    "validation_seed": ("validation_split", "dataset_config"),
+    "log_config": ("log_with",),
+    "log_tracker_name": ("log_with",),
+    "log_tracker_config": ("log_with",),
+    "log_prefix": ("logging_dir",),
+    "wandb_run_name": ("log_with",),
+    "wandb_api_key": ("log_with",),
+    "huggingface_repo_type": ("huggingface_repo_id", "resume_from_huggingface"),
+    "huggingface_path_in_repo": ("huggingface_repo_id",),
+    "huggingface_repo_visibility": ("huggingface_repo_id",),
+    "async_upload": ("huggingface_repo_id",),
+}
+EXCLUDES = (
+    ("blocks_to_swap", "cpu_offload_checkpointing", "both keep things in host memory and would wait for each other"),
+    ("fp8_base", "base_quantization", "both say how the frozen weights are kept"),
+    ("full_fp16", "full_bf16", "weights have one number format"),
+    ("use_8bit_adam", "use_lion_optimizer", "there is one optimizer"),
+    ("initial_epoch", "initial_step", "both say where to start"),
+    ("save_every_n_epochs", "save_n_epoch_ratio", "both say how often to save"),
+    ("cache_latents", "color_aug", "a cached latent has one colour"),
+    ("cache_latents", "random_crop", "a cached latent is one crop"),
+)
+
+
+def check_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Problems and warnings of normalised options, one or two sentences each."""
+    problems = [
+        *_required(args),
+        *_refused(args),
+        *_not_yet(args),
+        *_needs(args),
+        *_excludes(args),
+        *_precision(args),
+        *_names(args),
+        *limit_problems(args),
+    ]
+    return problems, [*_without_effect(args), *_useless(args)]
+
+
+def is_given(args: argparse.Namespace, dest: str) -> bool:
+    """Whether the option's value differs from its default."""
+    return bool(getattr(args, dest) != options_by_name()[dest].default)
+
+
+def _required(args: argparse.Namespace) -> list[str]:
+    return [f"--{dest} is missing: {what}." for dest, what in REQUIRED.items() if not getattr(args, dest)]
+
+
+def _refused(args: argparse.Namespace) -> list[str]:
+    refused = [option for option in OPTIONS if option.kind is Kind.REFUSED and is_given(args, option.dest)]
+    return [f"{option.flag} is refused: {option.reason}." for option in refused]
+
+
+def _not_yet(args: argparse.Namespace) -> list[str]:
+    used = [(dest, reason) for dest, reason in NOT_YET.items() if is_given(args, dest)]
+    return [f"--{dest} can't be used in this version: {reason}." for dest, reason in used]
+
+
+def _without_effect(args: argparse.Namespace) -> list[str]:
+    given = [option for option in OPTIONS if option.kind is Kind.NO_EFFECT and is_given(args, option.dest)]
+    return [f"{option.flag} changes nothing: {option.reason}." for option in given]
+
+
+def _needs(args: argparse.Namespace) -> list[str]:
+    return [
+        f"--{dest} needs {_either(others)}."
+        for dest, others in NEEDS.items()
+        if is_given(args, dest) and not any(is_given(args, other) for other in others)
+    ]
+
+
+def _useless(args: argparse.Namespace) -> list[str]:
+    return [
+        f"--{dest} changes nothing without {_either(others)}."
+        for dest, others in USELESS_WITHOUT.items()
+        if is_given(args, dest) and not any(is_given(args, other) for other in others)
+    ]
+
+
+def _either(dests: tuple[str, ...]) -> str:
+    return " or ".join(f"--{dest}" for dest in dests)
+
+
+def _excludes(args: argparse.Namespace) -> list[str]:
+    return [
+        f"--{one} and --{other} can't be combined: {reason}. Leave one out."
+        for one, other, reason in EXCLUDES
+        if is_given(args, one) and is_given(args, other)
+    ]
+
+
+def _precision(args: argparse.Namespace) -> list[str]:
+    return [
+        f"--full_{name} needs --mixed_precision {name}, but that is {args.mixed_precision}."
+        for name in ("fp16", "bf16")
+        if getattr(args, f"full_{name}") and args.mixed_precision != name
+    ]
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """Options that would contradict a name, a count or a folder given elsewhere."""
+    problems = []
+    for legacy, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
+        if getattr(args, legacy) and args.optimizer_type.lower() != name.lower():
+            problems.append(f"--{legacy} means {name}, but --optimizer_type is {args.optimizer_type}. Leave one out.")
+    if args.log_with in ("tensorboard", "all") and not args.logging_dir:
+        problems.append(f"--log_with {args.log_with} needs --logging_dir, the folder for the logs.")
+    merged, strengths = len(args.base_weights or ()), len(args.base_weights_multiplier or ())
+    if 0 < merged < strengths:
+        problems.append(f"--base_weights_multiplier has {strengths} values for {merged} --base_weights.")
+    if args.resume_from_huggingface and args.resume == "auto":
+        problems.append("--resume auto looks in --output_dir; with --resume_from_huggingface name the state.")
+    if args.min_bucket_reso > args.max_bucket_reso:
+        problems.append(
+            f"--min_bucket_reso {args.min_bucket_reso} is above --max_bucket_reso {args.max_bucket_reso}; swap them."
+        )
+    if args.output_name and {"/", "\\"} & set(args.output_name):
+        problems.append(f"--output_name {args.output_name} must be a name without folders; those go to --output_dir.")
+    return problems
