@@ -1,7 +1,7 @@
 """From the tensors of a LoRA file to changed weights, by plain arithmetic: what readers such as ComfyUI do.
 
-LoRA with and without a middle factor, DoRA, LoHa and LoKr (Yeh et al. 2024, "LyCORIS", section 3), GLoRA and full differences.
-All in float32; a layer's tensors come by suffix, as `lora_down.weight` or `alpha`.
+LoRA with and without a middle factor, DoRA, LoHa and LoKr (Yeh et al. 2024, "LyCORIS", section 3), GLoRA, full differences, and
+the rotations OFT and BOFT (Qiu et al. 2023; Liu et al. 2024). All in float32; a layer's tensors come by suffix, as `lora_down.weight` or `alpha`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "lokr_w1_a": ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", "dora_scale"),
     "a1.weight": ("a2.weight", "b1.weight", "b2.weight", "alpha"),
     "diff": ("diff_b",),
+    "oft_blocks": ("alpha",),
 }
 
 
@@ -56,15 +57,18 @@ def weight_change(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
         else:
             change = (up @ down.flatten(1)).view(weight.shape)
         rank = down.shape[0]
+    elif kind == "oft_blocks":
+        return _rotation_change(t["oft_blocks"], weight, 1.0)
     else:
         raise KeyError(f"no kind of change has {', '.join(sorted(tensors))}")
-    scale = float(t["alpha"]) / rank if rank and "alpha" in t else 1.0
-    return change * scale
+    return change * (t["alpha"] / rank) if rank and "alpha" in t else change
 
 
 def merged_weight(weight: Tensor, tensors: Mapping[str, Tensor], strength: float = 1.0) -> Tensor:
     """A weight [out, in, ...] of any dtype with a layer's change at `strength`, in float32."""
     weight = weight.float()
+    if "oft_blocks" in tensors:
+        return weight + _rotation_change(tensors["oft_blocks"].to(weight.device, torch.float32), weight, strength)
     change = weight_change(tensors, weight).view(weight.shape)
     if "dora_scale" not in tensors:
         return weight + strength * change
@@ -94,6 +98,8 @@ def check_change(name: str, tensors: Mapping[str, Tensor], layer: FrozenLayer) -
     shape = layer.weight.shape if isinstance(layer, nn.Conv2d) else (layer.out_features, layer.in_features)
     if "diff_b" in tensors and (layer.bias is None or tensors["diff_b"].shape != layer.bias.shape):
         return f"{name} has a diff_b that does not fit the layer's bias."
+    if "oft_blocks" in tensors and float(tensors.get("alpha", 0.0)) != 0:
+        return f"{name} is a rotation with a constraint, which readers take differently."
     try:
         meta = {
             suffix: torch.empty(tensor.shape, device="meta") for suffix, tensor in tensors.items() if suffix != "alpha"
@@ -127,6 +133,28 @@ def _shortened(problems: list[str], most: int = 20) -> list[str]:
 def _tucker(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """a @ b, or with a core [r, s, ...]: sum over r, s of a[r, out] core[r, s, ...] b[s, in]."""
     return a @ b if core is None else torch.einsum("rs...,ro,si->oi...", core, a, b)
+
+
+def _rotation_change(blocks: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """(R - I) W at `strength`, R by the Cayley transform of blocks - blocks' (Qiu et al. 2023, "OFT", section 3.2).
+
+    blocks [n, b, b]: one block-diagonal rotation of the output channels. [m, n, b, b]: m of them, each after a butterfly
+    permutation (Liu et al. 2024, "BOFT", section 4).
+    """
+    skew = blocks - blocks.transpose(-1, -2)
+    identity = torch.eye(blocks.shape[-1], device=blocks.device)
+    rotations = torch.linalg.solve(identity - skew, identity + skew, left=False)  # (I + Q) (I - Q)^-1
+    if blocks.dim() == 3:
+        rows = weight.unflatten(0, blocks.shape[:2])  # [n, b, in, ...]
+        return strength * torch.einsum("knm,kn...->km...", rotations - identity, rows).flatten(0, 1)
+    rotated = weight
+    size = blocks.shape[-1]
+    for stage, rotation in enumerate(rotations):
+        stride = 2**stage * (size // 2)
+        rows = rotated.unflatten(0, (-1, 2, stride)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, size))
+        rows = torch.einsum("bij,bj...->bi...", strength * rotation + (1 - strength) * identity, rows)
+        rotated = rows.flatten(0, 1).unflatten(0, (-1, stride, 2)).transpose(1, 2).flatten(0, 2)
+    return rotated - weight
 
 
 def _kronecker(t: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, int | None]:

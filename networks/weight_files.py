@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,8 +28,9 @@ def read_network_file(path: str | Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} can't be read as a file of weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch's unpickler raises whatever damaged bytes lead to
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{path} can't be read as a file of weights: {reason}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a LoRA file: it holds other things than tensors by name.")
     return dict(tensors)

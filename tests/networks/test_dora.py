@@ -119,7 +119,9 @@ def test_norm_without_the_merged_weight_equals_the_norm_of_it():
     layer = base_layer("wide")
     made = trained(dora(layer))
     factors = LoRALayer.file_tensors(made)
-    merged = layer.weight.double() + made.scale * factors["lora_up.weight"].double() @ factors["lora_down.weight"].double()
+    merged = (
+        layer.weight.double() + made.scale * factors["lora_up.weight"].double() @ factors["lora_down.weight"].double()
+    )
     torch.testing.assert_close(made.merged_norm().double(), merged.norm(dim=0, keepdim=True), rtol=1e-6, atol=1e-7)
 
 

@@ -270,7 +270,14 @@ def test_dim_from_weights_leaves_untrained_encoders_out_and_says_so(caplog):
 
 def test_optimizer_groups_come_in_the_originals_order_under_names_of_their_own():
     network = create_network(
-        1.0, 4, 1.0, None, [tiny_clip(), tiny_clip(), tiny_t5()], tiny_mmdit(), train_t5xxl="yes", loraplus_lr_ratio="16"
+        1.0,
+        4,
+        1.0,
+        None,
+        [tiny_clip(), tiny_clip(), tiny_t5()],
+        tiny_mmdit(),
+        train_t5xxl="yes",
+        loraplus_lr_ratio="16",
     )
     rates = LearningRates.from_options(1e-4, 2e-4, [1e-5, 2e-5], train_t5xxl=True)
     groups = network.parameter_groups(rates)
@@ -284,9 +291,7 @@ def test_optimizer_groups_come_in_the_originals_order_under_names_of_their_own()
         "unet",
         "unet plus",
     ]
-    assert [group["lr"] for group in groups] == pytest.approx(
-        [1e-5, 1.6e-4, 2e-5, 3.2e-4, 2e-5, 3.2e-4, 2e-4, 3.2e-3]
-    )
+    assert [group["lr"] for group in groups] == pytest.approx([1e-5, 1.6e-4, 2e-5, 3.2e-4, 2e-5, 3.2e-4, 2e-4, 3.2e-3])
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     plus = {id(parameter) for group in groups if group["name"].endswith("plus") for parameter in group["params"]}
     assert plus == {id(p) for name, p in network.named_parameters() if "lora_up" in name}

@@ -1,0 +1,220 @@
+"""`--network_module=lycoris.kohya`: LyCORIS's algorithms on SD3, under the names that ComfyUI reads.
+
+LyCORIS (Yeh et al. 2024, "Navigating Text-To-Image Customization") finds the layers and makes their parameters; the network
+around them is the one of networks.lora, so training, saving, loading and merging are the same as for a plain LoRA.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.options.errors import UserError
+from networks.arguments import nearest_name
+from networks.frozen_layers import is_target, plain_weight
+from networks.lora import LoRANetwork
+from networks.lora_sd3 import layers_by_name
+from networks.lycoris_arguments import FACTORED, LycorisSettings, check_network_args, read_settings
+from networks.lycoris_layer import FACTORED_MODULES, ROTATIONS, LycorisLayer
+from networks.network_arguments import trains_t5xxl
+from networks.parameter_groups import PARTS, LoraPlus, parts_of, without_untrained_parts
+from networks.weight_files import group_by_layer, listed, read_network_file
+
+__all__ = ["check_network_args", "create_network", "create_network_from_weights", "trains_t5xxl"]
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = (*FACTORED_MODULES, *ROTATIONS, "full")
+# settings that a file leaves open under --dim_from_weights
+OPEN_WITH_FILE = (
+    "module_dropout",
+    "train_t5xxl",
+    "verbose",
+    "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+    "algo",
+)
+# a whole preset: LyCORIS keeps the last one's values for whatever a new one leaves out
+EMPTY_PRESET: Mapping[str, Any] = {
+    "enable_conv": True,
+    "unet_target_module": [],
+    "unet_target_name": [],
+    "text_encoder_target_module": [],
+    "text_encoder_target_name": [],
+    "module_algo_map": {},
+    "name_algo_map": {},
+    "use_fnmatch": False,
+    "exclude_name": [],
+}
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoders: Sequence[nn.Module | None] | None,
+    mmdit: nn.Module | None,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> LoRANetwork:
+    """A new LyCORIS network, not yet attached; arguments as those of networks.lora_sd3.create_network.
+
+    Without a preset its layers are those of networks.lora_sd3. UserError where LyCORIS is not installed, an argument is wrong
+    or no layer is found.
+    """
+    settings = read_settings(kwargs, network_dim, network_alpha, neuron_dropout)
+    inners = _make_inners(settings, list(text_encoders or []), mmdit)
+    layers = {inner.lora_name: LycorisLayer(inner, settings.bypass, settings.module_dropout) for inner in inners}
+    return _network(layers, settings, multiplier)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | None,
+    vae: nn.Module | None,
+    text_encoders: Sequence[nn.Module | None] | None,
+    mmdit: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> tuple[LoRANetwork, Mapping[str, Tensor]]:
+    """The network of a LyCORIS file (--dim_from_weights), filled with its weights; not yet attached.
+
+    Of kwargs module_dropout, LoRA+ and the table count; UserError for those that the file decides.
+    """
+    where = str(file or "the given weights")
+    tensors = dict(read_network_file(where) if weights_sd is None else weights_sd)
+    refused = [key for key in kwargs if key not in OPEN_WITH_FILE] + ["--network_dropout"] * bool(neuron_dropout)
+    if refused:
+        raise UserError(
+            f"--dim_from_weights with LyCORIS does not go with {', '.join(refused)}: leave one of them out."
+        )
+    settings = read_settings(kwargs)
+    available = layers_by_name(text_encoders or [], mmdit)
+    found = without_untrained_parts(group_by_layer(tensors, where), parts_of(available), where)
+    unknown = [name for name in found if name not in available]
+    if unknown:
+        near = nearest_name(unknown[0], available)
+        raise UserError(f"{where} has changes of layers that this model lacks: {listed(unknown)}.{near}")
+    layers = {}
+    for name, layer in available.items():
+        if name in found:
+            inner = _inner_from_file(name, layer, found[name], where)
+            layers[name] = LycorisLayer(inner, True, 0.0 if for_inference else settings.module_dropout)
+    network = _network(layers, settings, multiplier)
+    network.load_tensors({f"{n}.{s}": tensor for n, layer in found.items() for s, tensor in layer.items()}, where)
+    return network, tensors
+
+
+def _lycoris() -> ModuleType:
+    try:
+        import lycoris.kohya
+        import lycoris.modules
+    except ImportError:
+        raise UserError("--network_module=lycoris.kohya needs LyCORIS: pip install lycoris-lora==4.1.3") from None
+    return lycoris
+
+
+def _make_inners(
+    settings: LycorisSettings, text_encoders: list[nn.Module | None], mmdit: nn.Module | None
+) -> list[Any]:
+    """LyCORIS's modules for the layers that the preset chooses, text encoders first."""
+    lycoris = _lycoris()
+    models = [*text_encoders, mmdit]
+    if not settings.bypass and any(map(_is_quantised, models)):
+        how = "dora_wd or bypass_mode=False" if settings.algo in FACTORED else f"algo={settings.algo}"
+        raise UserError(f"LyCORIS with {how} rebuilds weights and can't do that with a quantised base model.")
+    kind = lycoris.kohya.LycorisNetworkKohya
+    kind.apply_preset(_preset(settings, lycoris))
+    alpha = settings.alpha or settings.rank
+    absent = nn.Module  # keeps the encoders' numbers: lora_te2_ is CLIP-G even without CLIP-L
+    try:
+        made = kind(
+            [encoder or absent() for encoder in text_encoders],
+            mmdit or absent(),
+            lora_dim=settings.rank,
+            alpha=alpha,
+            conv_lora_dim=settings.rank if settings.conv_dim is None else settings.conv_dim,
+            conv_alpha=alpha if settings.conv_alpha is None else settings.conv_alpha,
+            dropout=settings.dropout,
+            rank_dropout=settings.rank_dropout,
+            use_tucker=settings.use_tucker,
+            network_module=settings.algo,
+            bypass_mode=settings.bypass,
+            warn_on_unmatched=False,
+            **settings.options,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"LyCORIS can't make algo={settings.algo} at rank {settings.rank} for this model: {error}"
+        ) from error
+    inners = [*made.text_encoder_loras, *made.unet_loras]
+    strange = sorted({inner.name for inner in inners} - set(SUPPORTED))
+    if strange:
+        raise UserError(f"The preset {settings.preset} asks for {', '.join(strange)}, which is not supported here.")
+    return inners
+
+
+def _is_quantised(model: nn.Module | None) -> bool:
+    layers = model.modules() if model is not None else ()
+    return any(is_target(layer) and plain_weight(layer) is None for layer in layers)
+
+
+def _preset(settings: LycorisSettings, lycoris: ModuleType) -> dict[str, Any]:
+    """Which layers, in LyCORIS's form: by default those of networks.lora_sd3."""
+    if settings.preset is None:
+        chosen = {"unet_target_module": ["SingleDiTBlock"], "text_encoder_target_module": ["CLIPAttention", "CLIPMLP"]}
+    elif settings.preset in lycoris.kohya.PRESET:
+        chosen = dict(lycoris.kohya.PRESET[settings.preset])
+    else:
+        chosen = lycoris.kohya.read_preset(settings.preset)
+        if chosen is None:
+            raise UserError(f"--network_args: the preset {settings.preset} can't be read; the lines above say why.")
+    preset = {**EMPTY_PRESET, **chosen}
+    if settings.preset == "attn-only":
+        preset["unet_target_module"] = [*preset["unet_target_module"], "Attention"]  # LyCORIS knows other models' names
+    if settings.train_t5xxl and preset["text_encoder_target_module"]:
+        t5 = "T5Attention" if settings.preset == "attn-only" else "T5Block"
+        preset["text_encoder_target_module"] = [*preset["text_encoder_target_module"], t5]
+    return preset
+
+
+def _inner_from_file(name: str, layer: nn.Module, tensors: dict[str, Tensor], where: str) -> Any:
+    """LyCORIS's module of the kind and sizes of a file's tensors."""
+    modules = _lycoris().modules
+    plain = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items() if suffix != "dora_scale"}
+    kind, parameters = modules.get_module(plain, name)
+    if kind is None or kind.name not in SUPPORTED:
+        raise UserError(f"{where}: {name} is of no kind that is supported here ({', '.join(sorted(tensors))}).")
+    if kind.name != "full" and "alpha" not in tensors:
+        raise UserError(f"{where}: {name} lacks its alpha.")
+    try:
+        inner = modules.make_module(kind, parameters, name, layer)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: {name} does not fit its layer: {error}") from error
+    if "dora_scale" in tensors:
+        inner.wd = True
+        inner.dora_scale = nn.Parameter(torch.ones_like(tensors["dora_scale"], dtype=torch.float32))
+    return inner
+
+
+def _network(layers: dict[str, LycorisLayer], settings: LycorisSettings, multiplier: float) -> LoRANetwork:
+    if not layers:
+        raise UserError(f"LyCORIS finds no layer to train (preset {settings.preset}).")
+    ratios = (settings.loraplus_lr_ratio, settings.loraplus_unet_lr_ratio, settings.loraplus_text_encoder_lr_ratio)
+    network = LoRANetwork(layers, LoraPlus.from_ratios(*ratios), multiplier)
+    for prefix, title in PARTS.items():
+        count = sum(name.startswith(prefix) for name in layers)
+        if count:
+            logger.info("LyCORIS %s for %s: %d layers", settings.algo, title, count)
+    if settings.verbose:
+        logger.info("%s", network.table())
+    return network
