@@ -143,7 +143,8 @@ def _names(args: argparse.Namespace) -> list[str]:
     """Options that would contradict a name, a count or a folder given elsewhere."""
     problems = []
     for legacy, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
-        if getattr(args, legacy) and args.optimizer_type.lower() != name.lower():
+        both = args.use_8bit_adam and args.use_lion_optimizer  # told by EXCLUDES
+        if not both and getattr(args, legacy) and args.optimizer_type.lower() != name.lower():
             problems.append(f"--{legacy} means {name}, but --optimizer_type is {args.optimizer_type}. Leave one out.")
     if args.log_with in ("tensorboard", "all") and not args.logging_dir:
         problems.append(f"--log_with {args.log_with} needs --logging_dir, the folder for the logs.")
@@ -152,10 +153,6 @@ def _names(args: argparse.Namespace) -> list[str]:
         problems.append(f"--base_weights_multiplier has {strengths} values for {merged} --base_weights.")
     if args.resume_from_huggingface and args.resume == "auto":
         problems.append("--resume auto looks in --output_dir; with --resume_from_huggingface name the state.")
-    if args.min_bucket_reso > args.max_bucket_reso:
-        problems.append(
-            f"--min_bucket_reso {args.min_bucket_reso} is above --max_bucket_reso {args.max_bucket_reso}; swap them."
-        )
     if args.output_name and {"/", "\\"} & set(args.output_name):
         problems.append(f"--output_name {args.output_name} must be a name without folders; those go to --output_dir.")
     return problems

@@ -1,4 +1,4 @@
-"""The range that each number must lie in. Those of timesteps, loss and schedule are told by the rooms that own the formulas."""
+"""The range that each number must lie in, but for those of the dataset, timesteps, loss and schedule: their rooms check them."""
 
 from __future__ import annotations
 
@@ -38,18 +38,16 @@ _SEED = Limit(0, 2**32 - 1)
 
 LIMITS: Mapping[str, Limit] = MappingProxyType(
     {
-        **dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate", "pos_emb_random_crop_rate"), _SHARE),
-        **dict.fromkeys(("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"), _SHARE),
+        **dict.fromkeys(("pos_emb_random_crop_rate", "clip_l_dropout_rate"), _SHARE),
+        **dict.fromkeys(("clip_g_dropout_rate", "t5_dropout_rate"), _SHARE),
         **dict.fromkeys(("validation_split", "network_dropout"), _BELOW_ONE),
-        **dict.fromkeys(("train_batch_size", "vae_batch_size", "text_encoder_batch_size", "dataset_repeats"), _COUNT),
+        **dict.fromkeys(("vae_batch_size", "text_encoder_batch_size", "dataset_repeats"), _COUNT),
         **dict.fromkeys(("gradient_accumulation_steps", "max_train_steps", "max_train_epochs", "network_dim"), _COUNT),
         **dict.fromkeys(("save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps"), _COUNT),
         **dict.fromkeys(("save_last_n_epochs_state", "save_last_n_steps_state", "max_validation_steps"), _COUNT),
         **dict.fromkeys(("text_cache_variants", "gradient_checkpointing_blocks", "max_nonfinite_steps"), _COUNT),
         **dict.fromkeys(("ddp_timeout", "initial_epoch"), _COUNT),
-        **dict.fromkeys(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), _COUNT),
-        **dict.fromkeys(("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min"), _FROM_ZERO),
-        **dict.fromkeys(("token_warmup_step", "max_data_loader_n_workers", "initial_step"), _FROM_ZERO),
+        **dict.fromkeys(("max_data_loader_n_workers", "initial_step"), _FROM_ZERO),
         **dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm"), _FROM_ZERO),
         **dict.fromkeys(("network_alpha", "prior_loss_weight", "blocks_to_swap"), _FROM_ZERO),
         **dict.fromkeys(("scale_weight_norms", "vram"), _POSITIVE),

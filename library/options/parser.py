@@ -81,8 +81,9 @@ def given_values(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
-    """The sentence for a name that is no option, with the nearest ones."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    """The sentence for a name that is no option, with the nearest ones. Dashes before names do not count as likeness."""
+    names = {each.lstrip("-"): each for each in known}
+    near = [names[each] for each in difflib.get_close_matches(name.lstrip("-"), list(names), n=3, cutoff=0.65)]
     hint = f" Did you mean {' or '.join(near)}?" if near else " See --help for all options."
     return f"{name} is not an option.{hint}"
 
