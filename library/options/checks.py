@@ -10,7 +10,7 @@ import argparse
 from library.options.limits import limit_problems
 from library.options.not_yet import NOT_YET
 from library.options.option import Kind
-from library.options.table import OPTIONS, options_by_name
+from library.options.table import BY_NAME, OPTIONS
 
 REQUIRED = {
     "pretrained_model_name_or_path": "the base model's file",
@@ -81,7 +81,7 @@ def check_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def is_given(args: argparse.Namespace, dest: str) -> bool:
     """Whether the option's value differs from its default."""
-    return bool(getattr(args, dest) != options_by_name()[dest].default)
+    return bool(getattr(args, dest) != BY_NAME[dest].default)
 
 
 def _required(args: argparse.Namespace) -> list[str]:

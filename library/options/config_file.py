@@ -13,7 +13,7 @@ from library.files import write_text
 from library.options.errors import Problems, UserError
 from library.options.option import Option, finite, read_value
 from library.options.parser import unknown_option
-from library.options.table import GROUPS, options_by_name
+from library.options.table import BY_NAME, GROUPS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,7 +33,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises UserError with every problem: unreadable, not TOML, unknown keys, wrong types, wrong choices, keys set twice.
     """
-    known, problems = options_by_name(), Problems()
+    known, problems = BY_NAME, Problems()
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for section, key, value in _entries(_read_toml(path)):

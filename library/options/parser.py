@@ -11,7 +11,7 @@ from typing import Any
 
 from library.options.errors import Problems
 from library.options.option import METAVARS, Option, read_switch, read_value
-from library.options.table import GROUPS, OPTIONS, options_by_name
+from library.options.table import BY_NAME, GROUPS, OPTIONS
 
 NEGATIVE_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$|-\d+(\.\d*)?[eE][-+]?\d+$")
 
@@ -49,7 +49,7 @@ def given_values(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "-h" in words or "--help" in words:
         build_parser().print_help()
         raise SystemExit(0)
-    options, problems = options_by_name(), Problems()
+    options, problems = BY_NAME, Problems()
     values: dict[str, Any] = {}
     position = 0
     while position < len(words):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from library.options.groups import (
     caching,
     captions,
@@ -53,13 +56,10 @@ GROUPS: tuple[Group, ...] = (
     refused.GROUP,
 )
 OPTIONS: tuple[Option, ...] = tuple(option for group in GROUPS for option in group.options)
+BY_NAME: Mapping[str, Option] = MappingProxyType({option.name: option for option in OPTIONS})
+"""Every option under its name, that is its flag without dashes."""
 
 
-def options_by_name() -> dict[str, Option]:
-    """Every option under its name, that is its flag without dashes."""
-    return {option.name: option for option in OPTIONS}
-
-
-def option_class(dest: str) -> Kind:
+def option_class(name: str) -> Kind:
     """Whether the option works, has no effect on SD3, or is refused. KeyError for a name that is none."""
-    return options_by_name()[dest].kind
+    return BY_NAME[name].kind

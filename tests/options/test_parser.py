@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from library.options.errors import UserError
 from library.options.option import Kind, Option, finite, int_or_auto, int_or_float, path
 from library.options.parser import build_parser, parse_arguments
-from library.options.table import GROUPS, OPTIONS, option_class, options_by_name
+from library.options.table import BY_NAME, GROUPS, OPTIONS, option_class
 
 ORIGINAL: list[dict[str, Any]] = json.loads(Path(__file__).with_name("sd_scripts_options.json").read_text())
 TYPES = {str: "str", path: "str", int: "int", finite: "float", int_or_float: "int_or_float", bool: "bool"}
@@ -93,13 +93,13 @@ def words_and_value(option: Option) -> tuple[list[str], Any]:
 
 def test_every_original_option_is_here_and_every_other_one_is_known_to_be_new() -> None:
     assert len(ORIGINAL) == 218
-    assert {fact["flag"].removeprefix("--") for fact in ORIGINAL} | NEW == set(options_by_name())
-    assert len(OPTIONS) == len(options_by_name())
+    assert {fact["flag"].removeprefix("--") for fact in ORIGINAL} | NEW == set(BY_NAME)
+    assert len(OPTIONS) == len(BY_NAME)
 
 
 @pytest.mark.parametrize("fact", ORIGINAL, ids=lambda fact: fact["flag"])
 def test_original_option_has_its_type_default_choices_and_number_of_values(fact: dict[str, Any]) -> None:
-    option = options_by_name()[fact["flag"].removeprefix("--")]
+    option = BY_NAME[fact["flag"].removeprefix("--")]
     if option.name in WIDER_TYPES:
         assert option.type is WIDER_TYPES[option.name]
     else:
@@ -151,7 +151,7 @@ def test_nothing_but_a_user_error_comes_of_a_wrong_line(words: list[str]) -> Non
 
 
 def test_class_of_every_option() -> None:
-    found = {kind: {name for name in options_by_name() if option_class(name) is kind} for kind in Kind}
+    found = {kind: {name for name in BY_NAME if option_class(name) is kind} for kind in Kind}
     assert found[Kind.NO_EFFECT] == NO_EFFECT
     assert found[Kind.REFUSED] == REFUSED
     assert all(option.reason for option in OPTIONS if option.kind is not Kind.WORKS)
