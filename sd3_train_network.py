@@ -3,22 +3,45 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
+
+from library.options.config_file import write_config
 from library.options.errors import UserError
 from library.options.resolve import resolve_options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: trained. 2: the user is to mend something, which has been said. Anything else is a bug and shows its traceback."""
+    """0: done. 2: there is something for the user to mend, which has been said. Else it is a bug and shows its traceback."""
     try:
-        options = resolve_options(sys.argv[1:] if arguments is None else arguments)
-        from library.sd3_trainer import Sd3NetworkTrainer
+        options = resolve_options(arguments)
+        if options.args.output_config:
+            print(f"Options written to {write_config(options.as_given)}")
+            return 0
+        start_logging(options.args)
+        for warning in options.warnings:
+            logging.getLogger(__name__).warning(warning)
+        from library.sd3_trainer import Sd3NetworkTrainer  # torch is loaded only when the command line is in order
 
         Sd3NetworkTrainer(options.args, options.problems).train()
     except UserError as error:
         print(error.as_text(), file=sys.stderr)
         return 2
     return 0
+
+
+def start_logging(args: argparse.Namespace) -> None:
+    """Log to the console, or to --console_log_file."""
+    logging.basicConfig(
+        level=args.console_log_level or "INFO",
+        format="%(message)s" if args.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%H:%M:%S",
+        filename=args.console_log_file,
+        filemode="w" if args.console_log_file else "a",
+        force=True,
+    )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
 
 
 if __name__ == "__main__":

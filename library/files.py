@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,21 @@ def save_safetensors(
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(ready, str(temporary), metadata=dict(metadata) if metadata else None)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order: the library writes them in one that differs from run to run."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # always, unless the two libraries escape a character differently
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def flush_to_disk(path: Path) -> None:

@@ -7,7 +7,6 @@ the denoiser is loaded and called. Everything else is here, or one call away.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -37,6 +36,7 @@ from library.training.previews import Previewer
 from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, mix_seed, seed_everything
 from library.training.step import DenoisingStep, StepInput, StepResult
+from networks.network_modules import network_module
 
 logger = logging.getLogger(__name__)
 TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
@@ -131,7 +131,7 @@ class NetworkTrainer(ABC):
     def create_network(self) -> None:
         """The LoRA, attached to the frozen models."""
         args, rates = self.args, self.plan.rates
-        module = importlib.import_module(args.network_module)
+        module = network_module(args.network_module)
         encoders = [
             self.text_stage.model(name) if on and name in self.live_encoders else None
             for name, on in zip(self.encoder_names(), rates.trained_text_encoders)

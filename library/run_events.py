@@ -99,9 +99,9 @@ class RunEvents:
             self.save_at_step(position)
         if args.validate_every_n_steps and position.step % args.validate_every_n_steps == 0:
             self.validate(position, "step")
-        if self.previewer and args.sample_every_n_steps and not args.sample_every_n_epochs:
-            if position.step % args.sample_every_n_steps == 0:
-                self.make_previews(position, epoch=None)
+        every = None if args.sample_every_n_epochs else args.sample_every_n_steps
+        if self.previewer and every and position.step % every == 0:
+            self.make_previews(position, epoch=None)
 
     def after_epoch(self, position: Position) -> None:
         args, epoch = self.args, position.epoch

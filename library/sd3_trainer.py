@@ -43,7 +43,7 @@ from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
 from library.training.previews import Previewer, PreviewSettings
 from library.training.prompts import PreviewPrompt, read_prompts
 from library.training.seeds import DrawGenerators
-from networks.network_arguments import check_network_args, trains_t5xxl
+from networks.network_modules import network_module
 
 logger = logging.getLogger(__name__)
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
@@ -55,7 +55,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return list(ENCODERS)
 
     def train_t5xxl(self) -> bool:
-        return trains_t5xxl(self.args.network_args)
+        module = self.args.network_module
+        return bool(module) and network_module(module).trains_t5xxl(self.args.network_args)
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -84,10 +85,10 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return problems
 
     def network_problems(self, files: ModelFiles) -> list[str]:
-        if self.args.network_module != "networks.lora_sd3":
+        if not self.args.network_module:
             return []
         depth = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).depth
-        return check_network_args(self.args.network_args or [], depth)
+        return network_module(self.args.network_module).check_network_args(self.args.network_args or [], depth)
 
     # --- text ------------------------------------------------------------------------------------------------------
 
