@@ -1,0 +1,39 @@
+"""The option reference says what the parser does, in both languages."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from library.options.table import BY_NAME, GROUPS
+from tools.make_option_docs import ENGLISH, JAPANESE, ROOT, Language, main, page
+from tools.option_help_ja import HELP, TITLES
+
+languages = pytest.mark.parametrize("language", [ENGLISH, JAPANESE], ids=["en", "ja"])
+
+
+@languages
+def test_page_is_what_the_generator_makes(language: Language) -> None:
+    written = (ROOT / language.path).read_text(encoding="utf-8")
+    assert written == page(language), "run tools/make_option_docs.py"
+
+
+@languages
+def test_page_has_a_row_of_four_cells_for_each_option(language: Language) -> None:
+    rows = re.findall(r"^\| `--(\w+)` .*$", page(language), re.MULTILINE)
+    assert rows == list(BY_NAME)
+    for line in page(language).splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
+
+
+def test_every_option_and_title_has_its_japanese_text_and_nothing_else_has() -> None:
+    assert set(HELP) == set(BY_NAME)
+    assert set(TITLES) == {group.title for group in GROUPS}
+    assert all(re.search("[\u3040-\u30ff\u4e00-\u9fff]", text) for text in HELP.values())
+
+
+def test_check_tells_that_the_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0
+    assert capsys.readouterr().out.count("up to date") == 2

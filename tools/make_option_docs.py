@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Write docs/options.md and docs/ja/options.md from the tables of options. `--check` only compares, for the tests."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from library.files import write_text  # noqa: E402
+from library.options.not_yet import NOT_YET  # noqa: E402
+from library.options.option import METAVARS, Group, Kind, Option  # noqa: E402
+from library.options.table import GROUPS, OPTIONS  # noqa: E402
+from tools.option_help_ja import HELP, TITLES  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Language:
+    path: str
+    title: str
+    introduction: str
+    header: str
+    not_yet: str
+    japanese: bool = False
+
+    def group_title(self, group: Group) -> str:
+        return TITLES[group.title] if self.japanese else group.title
+
+    def help(self, option: Option) -> str:
+        if self.japanese:
+            return HELP[option.name]
+        return f"{option.help} {option.reason[0].upper()}{option.reason[1:]}." if option.reason else option.help
+
+
+ENGLISH = Language(
+    "docs/options.md",
+    "Options",
+    "Every option of `sd3_train_network.py`: {total} in all, {works} of which work. {not_yet} more are "
+    "marked as not in this version yet: using one is an error. The rest are named at the end: {no_effect} belong to older models "
+    "and are accepted with a warning, {refused} are refused. Options can also stand in a TOML file "
+    "(`--config_file`), under the same names without dashes; the command line wins. A switch takes no value, but "
+    "`--switch=false` turns off one that the file turns on.\n\n"
+    "This page is made by `tools/make_option_docs.py` from the same tables that the program reads.",
+    "| Option | Value | Default | What it does |",
+    "Not in this version yet.",
+)
+JAPANESE = Language(
+    "docs/ja/options.md",
+    "オプション一覧",
+    "`sd3_train_network.py`の全オプションです(全{total}個、うち{works}個が有効)。{not_yet}個はこの版ではまだ使えず、指定するとエラーになります。残りは末尾にまとめました。{no_effect}個は旧モデル用で、警告を出して"
+    "受け付けます。{refused}個は拒否します。TOMLファイル(`--config_file`)にも、ダッシュを除いた同じ名前で書けます。コマンドラインが優先されます。"
+    "スイッチは値を取りませんが、ファイルで有効にしたものを`--switch=false`で無効にできます。\n\n"
+    "このページは、プログラムが読むものと同じ表から`tools/make_option_docs.py`が作ります。",
+    "| オプション | 値 | 既定値 | 説明 |",
+    "この版ではまだ使えません。",
+    japanese=True,
+)
+
+
+def page(language: Language) -> str:
+    """The whole page as Markdown."""
+    count = {kind: sum(option.kind is kind for option in OPTIONS) for kind in Kind}
+    introduction = language.introduction.format(
+        total=len(OPTIONS),
+        works=count[Kind.WORKS] - len(NOT_YET),
+        not_yet=len(NOT_YET),
+        no_effect=count[Kind.NO_EFFECT],
+        refused=count[Kind.REFUSED],
+    )
+    parts = [f"# {language.title}\n\n{introduction}\n"]
+    for group in GROUPS:
+        rows = [_row(option, language) for option in group.options]
+        parts.append(
+            "\n".join([f"## {language.group_title(group)}\n", language.header, "|---|---|---|---|", *rows, ""])
+        )
+    return "\n".join(parts)
+
+
+def _row(option: Option, language: Language) -> str:
+    text = language.help(option)
+    if option.name in NOT_YET:
+        text += f" {language.not_yet}" if not language.japanese else language.not_yet
+    cells = [f"`{option.flag}`", _value(option), _default(option), text]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _value(option: Option) -> str:
+    if option.is_switch:
+        return ""
+    if option.choices:
+        return ", ".join(f"`{choice}`" for choice in option.choices)
+    return f"{METAVARS[option.type]}{' …' if option.nargs else ''}"
+
+
+def _default(option: Option) -> str:
+    if option.is_switch:
+        return "on" if option.default and not option.turns_off else ""
+    return "" if option.default in (None, "") else f"`{option.default}`"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 where a page is out of date.")
+    check = parser.parse_args(arguments).check
+    stale = 0
+    for language in (ENGLISH, JAPANESE):
+        path, text = ROOT / language.path, page(language)
+        if check:
+            same = path.is_file() and path.read_text(encoding="utf-8") == text
+            stale += not same
+            print(f"{language.path}: {'up to date' if same else 'out of date'}")
+        else:
+            write_text(path, text)
+            print(f"wrote {language.path}")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
