@@ -15,6 +15,7 @@ from torch import Tensor
 from library.options.errors import UserError
 from library.run_metrics import RunMetrics
 from library.run_options import options_that_shape
+from library.run_plan import state_to_resume
 from library.training.loop import StepReport
 from library.training.output_names import OutputNames, SaveRhythm, epochs_between_saves
 from library.training.previews import Previewer, moment, write_sheet
@@ -25,8 +26,6 @@ from library.training.state import (
     Position,
     SavedState,
     changed_options,
-    newest_state,
-    open_state,
     take_snapshot,
     write_state,
 )
@@ -67,7 +66,9 @@ class RunEvents:
 
     def begin(self) -> Position:
         """Load the state to resume from, if any, and make the previews that come before the first step."""
-        state = self._state_to_resume()
+        state = state_to_resume(self.args)
+        if state is None and self.args.resume:
+            logger.info("--resume auto: there is no state in %s yet; starting anew.", self.names.folder)
         position = self._restore(state) if state else Position()
         self.metrics.start(position)
         if self.previewer and (self.args.sample_at_first and position.step == 0):
@@ -230,16 +231,6 @@ class RunEvents:
                     yield
 
     # --- resume ----------------------------------------------------------------------------------------------------
-
-    def _state_to_resume(self) -> SavedState | None:
-        wanted = self.args.resume
-        if not wanted:
-            return None
-        if wanted != "auto":
-            return open_state(Path(wanted))
-        state = newest_state(self.names.folder, self.args.output_name or "last")
-        logger.info("--resume auto: %s", f"going on from {state.folder}" if state else "no state found, starting anew")
-        return state
 
     def _restore(self, state: SavedState) -> Position:
         trainer = self.trainer

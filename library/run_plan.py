@@ -27,7 +27,9 @@ from library.run_settings import RunLength, flow_settings, loss_settings, run_le
 from library.sd3.flow import check_flow
 from library.training.loss import check_loss
 from library.training.optimizers import check_optimizer
+from library.training.prompts import PreviewPrompt, read_prompts
 from library.training.schedulers import check_schedule
+from library.training.state import SavedState, newest_state, open_state
 from networks.parameter_groups import LearningRates
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class RunPlan:
     validation: BatchPlan | None
     length: RunLength
     rates: LearningRates
+    prompts: list[PreviewPrompt]
     seed: int
 
     def sizes(self) -> list[Size]:
@@ -74,10 +77,11 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
     """Work out the run. `found` are problems known already; UserError tells them together with all that is found here."""
     problems = Problems()
     problems.found += found
-    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**32)
+    seed = _try(problems, lambda: run_seed(args)) or 0
     files = _try(problems, family.locate_models) if args.pretrained_model_name_or_path else None
     index = _try(problems, lambda: index_data(args, seed))
     rates = _try(problems, lambda: learning_rates(args, family.train_t5xxl()))
+    prompts = _try(problems, lambda: read_prompts(args.sample_prompts)) if args.sample_prompts else []
     problems.found += check_flow(flow_settings(args)) + check_loss(loss_settings(args))
     if rates is not None:
         given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
@@ -96,12 +100,29 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
             problems.found += family.model_problems(files, sizes)
     plan = None
     if index is not None and rates is not None:
-        plan = _plan(args, files, index, rates, seed, world_size)
+        plan = _plan(args, files, index, rates, prompts or [], seed, world_size)
         schedule = scheduler_settings(args, plan.length.max_steps)
         problems.found += check_schedule(schedule, args.learning_rate, args.optimizer_type, args.optimizer_args)
     problems.raise_if_any()
     assert plan is not None
     return plan
+
+
+def run_seed(args: argparse.Namespace) -> int:
+    """--seed; without it that of the state to resume from, or a random one."""
+    if args.seed is not None:
+        return args.seed
+    state = state_to_resume(args)
+    return random.SystemRandom().randrange(2**32) if state is None else state.options["seed"]
+
+
+def state_to_resume(args: argparse.Namespace) -> SavedState | None:
+    """What --resume means: a folder, or with `auto` the newest whole state of this output name, if there is one."""
+    if not args.resume:
+        return None
+    if args.resume != "auto":
+        return open_state(Path(args.resume))
+    return newest_state(Path(args.output_dir), args.output_name or "last") if args.output_dir else None
 
 
 def index_data(args: argparse.Namespace, seed: int) -> DatasetIndex:
@@ -152,14 +173,20 @@ def path_or_none(text: str | None) -> Path | None:
 
 
 def _plan(
-    args: argparse.Namespace, files: Any, index: DatasetIndex, rates: LearningRates, seed: int, world_size: int
+    args: argparse.Namespace,
+    files: Any,
+    index: DatasetIndex,
+    rates: LearningRates,
+    prompts: list[PreviewPrompt],
+    seed: int,
+    world_size: int,
 ) -> RunPlan:
     training = BatchPlan(index.training, seed, world_size)
     validation = BatchPlan(index.validation, seed, world_size, shuffle=False) if index.validation else None
     length = run_length(
         training.batches_per_epoch, args.gradient_accumulation_steps, args.max_train_steps, args.max_train_epochs
     )
-    return RunPlan(files, index, training, validation, length, rates, seed)
+    return RunPlan(files, index, training, validation, length, rates, prompts, seed)
 
 
 def _try(problems: Problems, do: Callable[[], T]) -> T | None:

@@ -41,7 +41,7 @@ from library.sd3.text_stage import ENCODERS, EncoderPlacement, TextStage, parse_
 from library.sd3.tokenizers import load_tokenizers
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
 from library.training.previews import Previewer, PreviewSettings
-from library.training.prompts import PreviewPrompt, read_prompts
+from library.training.prompts import PreviewPrompt
 from library.training.seeds import DrawGenerators
 from networks.network_modules import network_module
 
@@ -201,14 +201,17 @@ class Sd3NetworkTrainer(NetworkTrainer):
 
     def encode_prompts(self, names: Sequence[str]) -> None:
         """Texts of the preview prompts, from the encoders that training leaves as they are."""
-        self.prompts = read_prompts(self.args.sample_prompts) if self.args.sample_prompts else []
-        texts = list(dict.fromkeys(text for prompt in self.prompts for text in (prompt.prompt, prompt.negative_prompt)))
+        texts = list(
+            dict.fromkeys(text for prompt in self.plan.prompts for text in (prompt.prompt, prompt.negative_prompt))
+        )
         rows = self.text_stage.encode_ahead(texts, names, self.args.text_encoder_batch_size or 1) if texts else []
         self.prompt_rows = dict(zip(texts, rows))
 
     def make_previewer(self) -> Previewer | None:
         args = self.args
-        if not self.prompts or not (args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs):
+        if not self.plan.prompts or not (
+            args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs
+        ):
             return None
         settings = PreviewSettings(
             Path(args.output_dir),
@@ -217,7 +220,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        return Previewer(self.prompts, settings, self.prompt_conditioning, self.predict, self.decode, self.device)
+        return Previewer(self.plan.prompts, settings, self.prompt_conditioning, self.predict, self.decode, self.device)
 
     def prompt_conditioning(self, prompt: PreviewPrompt, text: str) -> Conditioning:
         """A prompt's text as the denoiser wants it: trained encoders speak for themselves, the others did so before."""

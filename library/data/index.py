@@ -70,7 +70,9 @@ def build_index(
     validation = [_validation(settings, found) for settings, found in zip(datasets, held, strict=True)]
     if not any(training) and not findings.problems:
         reason = "all of them are held out for validation" if any(held) else "no dataset holds one that can be used"
-        findings.problems[f"There are no images to train on: {reason}."] = None
+        subsets = [subset for settings in datasets for subset in settings.subsets]
+        places = ", ".join(dict.fromkeys(str(subset.metadata_file or subset.image_dir) for subset in subsets))
+        findings.problems[f"There are no images to train on: {reason}. Looked in {places or 'no folder'}."] = None
     _raise_or_warn(findings, skip_bad_images)
     index = DatasetIndex([*filter(None, training)], [*filter(None, validation)], list(findings.warnings))
     images = sum(len(dataset.records) for dataset in [*index.training, *index.validation])

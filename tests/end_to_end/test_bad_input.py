@@ -1,0 +1,103 @@
+"""Bad input: one clear message that names everything, exit code 2, no traceback, before any model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.sd3.text_encoders import load_clip
+from sd3_train_network import main
+from tests.end_to_end.conftest import Workshop, run_command
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for target in (
+        "library.sd3.text_stage.load_clip",
+        "library.sd3.text_stage.load_t5",
+        "library.sd3_trainer.load_mmdit",
+    ):
+        monkeypatch.setattr(target, loaded)
+    assert load_clip is not loaded
+
+
+def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
+
+
+def test_a_missing_model_file(workshop: Workshop, tmp_path: Path, capsys):
+    told = complaint(workshop.arguments(tmp_path, pretrained_model_name_or_path=tmp_path / "no.safetensors"), capsys)
+    assert "no.safetensors" in told
+
+
+def test_a_file_of_another_model_is_named_for_what_it_is(workshop: Workshop, tmp_path: Path, capsys):
+    path = tmp_path / "sdxl.safetensors"
+    names = ("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.1.model.ln_final.weight")
+    save_file({name: torch.zeros(2, 2) for name in names}, path)
+    told = complaint(workshop.arguments(tmp_path, pretrained_model_name_or_path=path), capsys)
+    assert "sdxl.safetensors" in told and "SDXL" in told
+
+
+def test_a_truncated_file(workshop: Workshop, tmp_path: Path, capsys):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(workshop.model.read_bytes()[:-1000])
+    told = complaint(workshop.arguments(tmp_path, pretrained_model_name_or_path=path), capsys)
+    assert "cut.safetensors" in told
+
+
+def test_an_empty_dataset_folder(workshop: Workshop, tmp_path: Path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    dataset = tmp_path / "d.toml"
+    dataset.write_text(
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = {str(empty)!r}\n", encoding="utf-8"
+    )
+    told = complaint(workshop.arguments(tmp_path / "out", dataset_config=dataset), capsys)
+    assert "empty" in told
+
+
+def test_an_unknown_option_names_the_nearest(workshop: Workshop, tmp_path: Path, capsys):
+    told = complaint(workshop.arguments(tmp_path, "--learning_rat", "1"), capsys)
+    assert "--learning_rat" in told and "--learning_rate" in told
+
+
+def test_an_output_dir_that_cannot_be_one(workshop: Workshop, tmp_path: Path, capsys):
+    file = tmp_path / "file"
+    file.write_text("x")
+    told = complaint(workshop.arguments(file / "out"), capsys)
+    assert str(file) in told
+
+
+def test_every_problem_is_told_at_once_by_the_real_command(tmp_path: Path):
+    """Options, model, dataset, network arguments, optimizer: five mistakes, five numbers."""
+    dataset = tmp_path / "d.toml"
+    dataset.write_text(
+        "[general]\nresolutoin = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'nowhere'\n", encoding="utf-8"
+    )
+    done = run_command(
+        [
+            *("--pretrained_model_name_or_path", str(tmp_path / "no.safetensors"), "--dataset_config", str(dataset)),
+            *("--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora_sd3"),
+            *("--optimizer_type", "AdamWW", "--min_timestep", "900", "--max_timestep", "100", "--full_fp16"),
+        ]
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in ("no.safetensors", "resolutoin", "resolution", "AdamWW", "min_timestep", "full_fp16"):
+        assert word in done.stderr, word
+
+
+def test_a_preview_prompt_file_with_a_mistake(workshop: Workshop, tmp_path: Path, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat --w wide\n", encoding="utf-8")
+    told = complaint(workshop.arguments(tmp_path, sample_prompts=prompts, sample_every_n_steps=2), capsys)
+    assert "p.txt" in told and "line 1" in told
