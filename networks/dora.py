@@ -28,6 +28,7 @@ class DoRALayer(LoRALayer):
     quantised, but not on the meta device. The norm counts as a constant in the gradient (section 4.3).
     """
 
+    exact = ("alpha", "dora_scale", "base_squared")
     base_squared: Tensor
 
     def __init__(self, layer: FrozenLayer, settings: LayerSettings):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from library.options.errors import UserError
 from networks.merging import merge_into
 from networks.network_layer import NetworkLayer
-from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups, parts_of, without_untrained_parts
+from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups, parts_of, without_absent_parts
 from networks.weight_files import compare_shapes, group_by_layer, in_dtype, read_network_file, write_network_file
 
 
@@ -89,18 +89,25 @@ class LoRANetwork(nn.Module):
         """The optimizer's groups {"params", "lr", "name"}; see parameter_groups.parameter_groups."""
         return parameter_groups(self.layers, rates, self.plus)
 
+    @torch.no_grad()
     def state_dict_for_saving(
         self, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """What a LoRA file holds, in `dtype` (None: as trained): copies on the CPU, so training may go on meanwhile.
 
-        weights: parameters by their names in `named_parameters` to save in place of the live ones, an EMA's say.
+        weights: parameters by their names in `named_parameters` to save in place of the live ones, an EMA's say. KeyError for
+        an unknown name.
         """
-        weights = weights or {}
+        given: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
+        known = dict(self.named_parameters())
+        for key, value in (weights or {}).items():
+            if key not in known:
+                raise KeyError(f"the network has no parameter {key}")
+            name, _, parameter = key.partition(".")
+            given[name][parameter] = value
         tensors = {}
         for name, layer in self.layers.items():
-            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-            for suffix, tensor in layer.file_tensors(own).items():
+            for suffix, tensor in layer.file_tensors(given[name]).items():
                 tensors[f"{name}.{suffix}"] = in_dtype(tensor, dtype)
         return tensors
 
@@ -117,7 +124,7 @@ class LoRANetwork(nn.Module):
     def load_tensors(self, tensors: Mapping[str, Tensor], where: str | Path) -> None:
         """As `load_weights`, from tensors in memory; `where` names them in errors."""
         found = group_by_layer(tensors, where)
-        found = without_untrained_parts(found, self.trained_parts, where)
+        found = without_absent_parts(found, self.trained_parts, where)
         flat = {f"{name}.{suffix}": tensor for name, layer in found.items() for suffix, tensor in layer.items()}
         with torch.no_grad():
             wanted = {

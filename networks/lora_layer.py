@@ -43,6 +43,7 @@ class LoRALayer(NetworkLayer):
     start is subtracted as further ranks. The buffer `alpha` is the file's: scale = alpha / rows of the file's Down.
     """
 
+    exact: tuple[str, ...] = ("alpha",)  # stay float32 when the factors are trained in bfloat16
     alpha: Tensor
     initial_down: Tensor
     initial_up: Tensor
@@ -207,9 +208,11 @@ class LoRALayer(NetworkLayer):
         self.scale = float(self.alpha) / self.file_rows
 
     def _apply(self, fn, recurse: bool = True):
-        alpha = self.alpha
+        exact = {name: getattr(self, name).data for name in self.exact}
         super()._apply(fn, recurse)
-        self.alpha = alpha.to(self.alpha.device)  # stays float32 when the factors are trained in bfloat16
+        for name, data in exact.items():
+            tensor = getattr(self, name)
+            tensor.data = data.to(tensor.device)
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

@@ -22,7 +22,7 @@ from networks.lora_sd3 import layers_by_name
 from networks.lycoris_arguments import FACTORED, LycorisSettings, check_network_args, read_settings
 from networks.lycoris_layer import FACTORED_MODULES, ROTATIONS, LycorisLayer
 from networks.network_arguments import trains_t5xxl
-from networks.parameter_groups import PARTS, LoraPlus, parts_of, without_untrained_parts
+from networks.parameter_groups import PARTS, LoraPlus, parts_of, without_absent_parts
 from networks.weight_files import group_by_layer, listed, read_network_file
 
 __all__ = ["check_network_args", "create_network", "create_network_from_weights", "trains_t5xxl"]
@@ -99,7 +99,7 @@ def create_network_from_weights(
         )
     settings = read_settings(kwargs)
     available = layers_by_name(text_encoders or [], mmdit)
-    found = without_untrained_parts(group_by_layer(tensors, where), parts_of(available), where)
+    found = without_absent_parts(group_by_layer(tensors, where), parts_of(available), where)
     unknown = [name for name in found if name not in available]
     if unknown:
         near = nearest_name(unknown[0], available)

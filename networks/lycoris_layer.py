@@ -123,9 +123,10 @@ class LycorisLayer(NetworkLayer):
 
     def _rebuilt(self, x: Tensor) -> Tensor:
         tensors = self.file_tensors()
-        weight = plain_weight(self.layer)
-        assert weight is not None
-        weight = weight.float()
+        stored = plain_weight(self.layer)
+        assert stored is not None
+        # a copy, for block swap reuses the stored weight's memory before autograd is done with it
+        weight = stored.to(torch.float32, copy=True)
         change = (merged_weight(weight, tensors, self.multiplier) - weight).to(x.dtype)
         bias = tensors["diff_b"].to(x.dtype) * self.multiplier if "diff_b" in tensors else None
         if isinstance(self.layer, nn.Conv2d):

@@ -10,7 +10,6 @@ from typing import Any
 from library.options.errors import UserError
 from networks.arguments import (
     Parser,
-    arguments_of,
     boolean,
     choice,
     number,
@@ -164,9 +163,10 @@ def check_network_args(
 
 
 def trains_t5xxl(args: Iterable[str] | None) -> bool:
-    """Whether `--network_args` ask for a LoRA on T5 (the default is no)."""
-    text = arguments_of(args).get("train_t5xxl", "false")
-    return text.lower() in ("true", "1", "yes", "on")
+    """Whether `--network_args` ask for a LoRA on T5 (the default is no). What is wrong with them is for `check_network_args`."""
+    texts, _ = split_arguments(args or [])
+    values, _ = typed_values({"train_t5xxl": texts.get("train_t5xxl", "false")}, {"train_t5xxl": boolean})
+    return values.get("train_t5xxl", False)
 
 
 def _range_problems(

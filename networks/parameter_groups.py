@@ -96,11 +96,13 @@ def parts_of(names: Iterable[str]) -> set[str]:
     return {prefix for name in names if (prefix := part_of(name)) is not None}
 
 
-def without_untrained_parts(layers: Mapping[str, Layer], trained: set[str], where: object) -> dict[str, Layer]:
-    """A file's layers by LoRA name without those of parts that are not trained; a warning names these parts."""
-    for prefix in sorted(parts_of(layers) - trained):
-        logger.warning("%s also has %s, which this run does not train: it is left out.", where, PARTS[prefix])
-    return {name: layer for name, layer in layers.items() if part_of(name) in (None, *trained)}
+def without_absent_parts(
+    layers: Mapping[str, Layer], present: set[str], where: object, why: str = "which this run does not train"
+) -> dict[str, Layer]:
+    """A file's layers by LoRA name without those of parts that are not `present`; a warning names these parts."""
+    for prefix in sorted(parts_of(layers) - present):
+        logger.warning("%s also has %s, %s: it is left out.", where, PARTS[prefix], why)
+    return {name: layer for name, layer in layers.items() if part_of(name) in (None, *present)}
 
 
 def parameter_groups(

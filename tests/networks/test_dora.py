@@ -174,3 +174,12 @@ def test_small_magnitude_changes_act_in_bfloat16():
     x = torch.randn(400, 12).bfloat16()
     ratio = (layer(x).float() - layer.bias.float()).norm() / (layer.forward(x).float() - layer.bias.float()).norm()
     assert ratio.item() == pytest.approx(1.003, abs=1.5e-3)
+
+
+def test_training_starts_at_the_base_model_when_factors_are_bfloat16():
+    layer = base_layer("wide")
+    made = dora(layer).to(torch.bfloat16)
+    assert made.lora_down.weight.dtype == torch.bfloat16
+    assert made.dora_scale.dtype == torch.float32
+    x = inputs(layer)
+    torch.testing.assert_close(layer(x), layer.forward(x), rtol=1e-6, atol=1e-6)

@@ -221,6 +221,8 @@ def test_given_weights_are_saved_in_place_of_the_live_ones():
     assert (saved[f"{QKV}.lora_down.weight"] == 0.5).all()
     assert (saved[f"{QKV}.lora_up.weight"][:64, :4] == 0.5).all()
     assert network.layers[QKV].lora_down.weight.unique().numel() > 1
+    with pytest.raises(KeyError, match=r"module\."):
+        network.state_dict_for_saving(None, {f"module.{QKV}.lora_down.weight": torch.zeros(1)})
 
 
 def test_saved_tensors_do_not_follow_training():

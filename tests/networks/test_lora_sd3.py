@@ -8,9 +8,18 @@ import pytest
 import torch
 
 from library.options.errors import UserError
-from networks.lora_sd3 import create_network, create_network_from_weights
+from networks.lora_sd3 import create_network, create_network_from_weights, merge_base_weights
 from networks.parameter_groups import LearningRates
-from tests.networks.models import QKV, meta_mmdit, tiny_clip, tiny_mmdit, tiny_t5, trained
+from tests.networks.models import (
+    QKV,
+    meta_mmdit,
+    mmdit_inputs,
+    relative_error,
+    tiny_clip,
+    tiny_mmdit,
+    tiny_t5,
+    trained,
+)
 
 BLOCK = "lora_unet_joint_blocks_{}_{}_block_{}"
 
@@ -295,3 +304,29 @@ def test_optimizer_groups_come_in_the_originals_order_under_names_of_their_own()
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     plus = {id(parameter) for group in groups if group["name"].endswith("plus") for parameter in group["params"]}
     assert plus == {id(p) for name, p in network.named_parameters() if "lora_up" in name}
+
+
+def test_base_weights_change_the_models_they_name(tmp_path, caplog):
+    mmdit, clip = tiny_mmdit(), tiny_clip()
+    network = trained(create_network(1.0, 4, 2.0, None, [clip], mmdit, emb_dims="1,1,1,1,1,1", use_dora="1"))
+    network.save_weights(tmp_path / "a.safetensors")
+    network.set_multiplier(0.5)
+    network.attach()
+    tokens = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    expected, expected_text = mmdit(**mmdit_inputs()), clip(tokens).text_embeds
+    network.detach()
+    count = merge_base_weights(str(tmp_path / "a.safetensors"), 0.5, [clip, None, None], mmdit)
+    assert count == len(network.layers)
+    assert relative_error(mmdit(**mmdit_inputs()), expected) < 1e-5
+    assert relative_error(clip(tokens).text_embeds, expected_text) < 1e-5
+    assert merge_base_weights(str(tmp_path / "a.safetensors"), -0.5, [None, None, None], mmdit) < count
+    assert "textencoder 1, which is not loaded" in caplog.text
+
+
+def test_base_weights_that_name_other_layers_change_nothing(tmp_path):
+    deep, shallow = tiny_mmdit(depth=4), tiny_mmdit()
+    before = {key: tensor.clone() for key, tensor in shallow.state_dict().items()}
+    trained(create_network(1.0, 4, 2.0, None, [], deep)).save_weights(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="joint_blocks_3"):
+        merge_base_weights(str(tmp_path / "a.safetensors"), 1.0, [], shallow)
+    assert all(torch.equal(before[key], tensor) for key, tensor in shallow.state_dict().items())

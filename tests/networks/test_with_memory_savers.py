@@ -1,0 +1,86 @@
+"""Networks act the same on models that are quantised, swapped and checkpointed by library.memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.memory.block_swap import BlockSwapper
+from library.memory.quantize import in_joint_blocks, quantise
+from library.sd3.mmdit import MMDiT, call_block
+from networks.lora import LoRANetwork
+from networks.network_modules import network_module
+from tests.networks.models import mmdit_inputs, relative_error, tiny_mmdit, trained
+
+NETWORKS = {
+    "lora": ("networks.lora", {}),
+    "split_qkv": ("networks.lora", {"split_qkv": "1"}),
+    "dora": ("networks.lora", {"use_dora": "1"}),
+    "pissa": ("networks.lora", {"init": "pissa"}),
+    "loha": ("lycoris.kohya", {"algo": "loha"}),
+    "glora": ("lycoris.kohya", {"algo": "glora"}),
+    "lokr dora": ("lycoris.kohya", {"algo": "lokr", "factor": "4", "dora_wd": "1"}),
+    "diag-oft": ("lycoris.kohya", {"algo": "diag-oft"}),
+}
+
+
+def attached(name: str, model: nn.Module) -> LoRANetwork:
+    module, arguments = NETWORKS[name]
+    torch.manual_seed(6)
+    network = network_module(module).create_network(1.0, 4, 2.0, None, [], model, **arguments)
+    trained(network, 0.1).train().attach()
+    return network
+
+
+def step(model: nn.Module, network: LoRANetwork) -> tuple[Tensor, dict[str, Tensor]]:
+    out = model(**mmdit_inputs())
+    out.square().mean().backward()
+    return out.detach(), {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_block_swap_changes_nothing(name: str):
+    model = tiny_mmdit(depth=5)
+    network = attached(name, model)
+    expected, gradients = step(model, network)
+    network.detach()
+    model = tiny_mmdit(depth=5)
+    network = attached(name, model)
+    swapper = BlockSwapper(list(model.joint_blocks), [1, 2, 3], torch.device("cpu"), slots=2)
+    model.run_block = swapper.runner(call_block)
+    for _ in range(2):
+        network.zero_grad()
+        out, swapped = step(model, network)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(swapped[key], gradients[key]) for key in gradients)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["lora", "split_qkv", "dora", "pissa", "loha", "glora"])
+def test_quantised_base_acts_as_its_effective_weights(name: str, kind: str):
+    """The network on quantised layers equals the network on plain layers that hold the same values."""
+    quantised = tiny_mmdit()
+    quantise(quantised, kind, in_joint_blocks)
+    plain = tiny_mmdit()
+    for path, layer in plain.named_modules():
+        if isinstance(layer, nn.Linear) and in_joint_blocks(path):
+            narrow = quantised.get_submodule(path)
+            layer.weight.data = narrow.widen(narrow.weight, narrow.weight_scale, narrow.shape, torch.float32)
+    wide_network, narrow_network = attached(name, plain), attached(name, quantised)
+    narrow_network.load_state_dict(wide_network.state_dict())
+    expected, gradients = step(plain, wide_network)
+    found, narrow_gradients = step(quantised, narrow_network)
+    assert relative_error(found, expected) < 1e-4
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(narrow_gradients[key], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item())
+
+
+def test_algorithms_that_need_the_weight_say_so_on_a_quantised_base():
+    from library.options.errors import UserError
+
+    model: MMDiT = tiny_mmdit()
+    quantise(model, "int8", in_joint_blocks)
+    for name in ("lokr dora", "diag-oft"):
+        with pytest.raises(UserError, match="quantised"):
+            attached(name, model)
