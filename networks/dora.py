@@ -59,8 +59,8 @@ class DoRALayer(LoRALayer):
 
         Per column j: ||W_j||^2 + 2 <W_j, D_j> + ||D_j||^2, where <W_j, D_j> = scale * Down_j . (Up' W)_j.
         """
-        factors = super().file_tensors()
-        down, up = factors["lora_down.weight"].float(), factors["lora_up.weight"].float().flatten(1)
+        down, up = (factor.float() for factor in self.factors())
+        up = up.flatten(1)
         if self.is_conv:
             change = self.scale * torch.einsum("or,rihw->oihw", up, down)
             return column_norms_squared(dense_weight(self.layer) + change).sqrt()

@@ -40,7 +40,7 @@ class LoRALayer(NetworkLayer):
     """Down [parts * rank, in, ...] and Up [out, rank, ...]; with parts = 3 the rows of Up are q's, k's and v's thirds.
 
     A file holds one pair for the layer, `file_tensors`: with several parts Up is block-diagonal, and with init="pissa" the
-    start is subtracted as further ranks. The buffer `alpha` is the file's: scale = alpha / rows of the file's Down.
+    change from the start has twice the ranks. The buffer `alpha` is the file's: scale = alpha / rows of the file's Down.
     """
 
     exact: tuple[str, ...] = ("alpha",)  # stay float32 when the factors are trained in bfloat16
@@ -65,17 +65,26 @@ class LoRALayer(NetworkLayer):
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """x [B, ..., in] and the frozen layer's out [B, ..., out] (images: [B, C, H, W]) -> out with this change added."""
-        z = self._drop(self._down(x, self.lora_down.weight))  # [B, ..., rows]
-        up = self.expanded_up(self.lora_up.weight)
-        if self.settings.init == "pissa":
-            z = torch.cat([z, self._down(x, self.initial_down)], dim=1 if self.is_conv else -1)
-            up = torch.cat([up, -self.expanded_up(self.initial_up)], dim=1)
-        scale = self.scale * self.multiplier
+        down, up = self.factors()
+        z = self._drop(self._down(x, down)).to(out.dtype)  # [B, ..., file_rows]
         up = up.to(out.dtype)
+        scale = self.scale * self.multiplier
         if self.is_conv:
-            return torch.add(out, F.conv2d(z.to(out.dtype), up), alpha=scale)
+            return torch.add(out, F.conv2d(z, up), alpha=scale)
         # addmm adds and scales inside the product: no pass of its own over the large output
-        return torch.addmm(out.flatten(0, -2), z.to(out.dtype).flatten(0, -2), up.t(), alpha=scale).view(out.shape)
+        return torch.addmm(out.flatten(0, -2), z.flatten(0, -2), up.t(), alpha=scale).view(out.shape)
+
+    def factors(self, values: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Down [file_rows, in, ...] and Up [out, file_rows, ...] whose product, times scale, is the change. `values`: see file_tensors."""
+        values = values or {}
+        down = values.get("lora_down.weight", self.lora_down.weight)
+        up = values.get("lora_up.weight", self.lora_up.weight)
+        if self.settings.init != "pissa":
+            return down, self.expanded_up(up)
+        # U D - U0 D0 = (U - U0) D + U0 (D - D0): the differences are taken here, before low precision could swallow them
+        initial_down, initial_up = self.initial_down.to(down), self.initial_up.to(up)
+        ups = (self.expanded_up(up - initial_up), self.expanded_up(initial_up))
+        return torch.cat([down, down - initial_down]), torch.cat(ups, dim=1)
 
     def expanded_up(self, up: Tensor) -> Tensor:
         """Up as the file holds it: [out, rank] -> [out, parts * rank], block-diagonal where there are several parts."""
@@ -84,12 +93,7 @@ class LoRALayer(NetworkLayer):
         return torch.block_diag(*up.chunk(self.settings.parts, dim=0))
 
     def file_tensors(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        values = values or {}
-        down = values.get("lora_down.weight", self.lora_down.weight)
-        up = self.expanded_up(values.get("lora_up.weight", self.lora_up.weight))
-        if self.settings.init == "pissa":
-            down = torch.cat([down, self.initial_down.to(down)])
-            up = torch.cat([up, -self.expanded_up(self.initial_up.to(up))], dim=1)
+        down, up = self.factors(values)
         return {"lora_down.weight": down, "lora_up.weight": up, "alpha": self.alpha}
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
@@ -106,8 +110,10 @@ class LoRALayer(NetworkLayer):
         self.lora_down.weight.copy_(down[:rows])
         self.lora_up.weight.copy_(self._compacted(up[:, :rows]))
         if self.settings.init == "pissa":
-            self.initial_down.copy_(down[rows:])
-            self.initial_up.copy_(-self._compacted(up[:, rows:]))
+            initial_up = self._compacted(up[:, rows:])
+            self.initial_down.copy_(down[:rows].float() - down[rows:].float())
+            self.initial_up.copy_(initial_up)
+            self.lora_up.weight.add_(initial_up.to(self.lora_up.weight))
         self.alpha.fill_(float(tensors.get("alpha", self.file_rows)))
         self._refresh_scale()
 
@@ -139,7 +145,7 @@ class LoRALayer(NetworkLayer):
         return F.linear(x, weight)
 
     def _drop(self, z: Tensor) -> Tensor:
-        """Neuron, rank and module dropout of z [B, ..., rows] (images: [B, rows, H, W]); in training alone.
+        """Neuron, rank and module dropout of z [B, ..., file_rows] (images: [B, file_rows, H, W]); in training alone.
 
         Decided on the device, without a branch: nothing waits for the device, and checkpointing replays it from the RNG state.
         """
@@ -178,8 +184,9 @@ class LoRALayer(NetworkLayer):
     def _initialise_pissa(self, weight: Tensor) -> None:
         """scale * Up @ Down = the principal part of the weight (Meng et al. 2024, "PiSSA", equation 2), part by part.
 
-        The paper subtracts that part from the frozen weight. Here the weight stays and the start is subtracted in the forward:
+        The paper subtracts that part from the frozen weight. Here the weight stays and the start is subtracted in `factors`:
         the same function and gradients, for a base that may be swapped or quantised, and whose readers have it unchanged.
+        Dropout drops ranks of the change alone, never of the principal part.
         """
         rank = self.settings.rank
         parts = weight.flatten(1).chunk(self.settings.parts, dim=0)  # each [out / parts, in]

@@ -136,6 +136,22 @@ def test_pissa_starts_at_the_base_with_the_weights_principal_part(parts: int):
         torch.testing.assert_close(made.scale * up @ down, best, rtol=1e-3, atol=1e-3 * best.abs().max().item())
 
 
+def test_pissas_small_changes_survive_low_precision():
+    """Both as computed and as saved in bfloat16, where U itself could not hold a change of one part in a thousand."""
+    layer = frozen_linear(40, 60)
+    made = LoRALayer(layer, LayerSettings(rank=4, init="pissa"))
+    with torch.no_grad():
+        made.lora_up.weight.mul_(1.001)
+    x = torch.randn(50, 40)
+    exact = F.linear(F.linear(x, made.lora_down.weight), made.lora_up.weight) * (1 - 1 / 1.001)
+    zero = torch.zeros(50, 60)
+    low = made(x.bfloat16(), zero.bfloat16()).float()
+    assert (low - exact).norm() < 0.02 * exact.norm()
+    file = {key: tensor.bfloat16().float() for key, tensor in made.file_tensors().items()}
+    saved = file["lora_up.weight"] @ file["lora_down.weight"] * (file["alpha"] / 8)
+    assert (F.linear(x, saved) - exact).norm() < 0.02 * exact.norm()
+
+
 def test_pissa_of_a_rank_above_the_layers_own_still_trains_every_rank():
     layer = frozen_linear(4, 6)
     made = LoRALayer(layer, LayerSettings(rank=7, init="pissa"))
