@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     test.add_argument("pytest_arguments", nargs="*", help="passed on to pytest; give them behind --")
     chosen = parser.parse_args(arguments)
     if sys.version_info < OLDEST_PYTHON:
-        print(f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed; this is {sys.version.split()[0]}.", file=sys.stderr)
+        print(
+            f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed; this is {sys.version.split()[0]}.",
+            file=sys.stderr,
+        )
         return 2
     try:
         if chosen.command == "train":
@@ -79,7 +82,9 @@ def run_tests(pytest_arguments: list[str]) -> int:
     call([scripts / "mypy"])
     step("Tests")
     return subprocess.run(
-        [str(python), "-m", "pytest", *pytest_arguments], cwd=ROOT, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        [str(python), "-m", "pytest", *pytest_arguments],
+        cwd=ROOT,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
     ).returncode
 
 

@@ -147,6 +147,10 @@ class RunningLoss:
     def load_state_dict(self, state: dict) -> None:
         """Restore; where the window has changed since, the newest losses that fit are kept."""
         saved: Tensor = state["values"]
+        if len(saved) == len(self.values):
+            self.values.copy_(saved)
+            self.added = state["added"]
+            return
         seen = min(state["added"], len(saved))
         newest_last = saved.roll(-(state["added"] % len(saved)) if seen == len(saved) else 0)[:seen]
         kept = newest_last[-len(self.values) :]

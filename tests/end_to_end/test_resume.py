@@ -1,0 +1,146 @@
+"""A resumed run ends with the very weights of the unbroken one, however it was ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.training.state import newest_state
+from sd3_train_network import main
+from tests.end_to_end.conftest import ROOT, Workshop
+
+# Everything that draws random numbers, and a last batch and a last group that are short.
+EVERYTHING = (
+    *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.1"),
+    *("--t5_dropout_rate", "0.2", "--clip_l_dropout_rate", "0.2", "--shuffle_caption", "--caption_dropout_rate", "0.2"),
+    *(
+        "--flip_aug",
+        "--color_aug",
+        "--gradient_accumulation_steps",
+        "2",
+        "--ema_decay",
+        "0.9",
+        "--lr_scheduler",
+        "cosine",
+    ),
+    *("--weighting_scheme", "logit_normal", "--network_train_unet_only"),
+)
+
+
+def weights(folder: Path, name: str = "lora.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(folder / name)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("step", [3, 4, 9])
+def test_resuming_at_any_step_gives_the_unbroken_runs_weights(workshop: Workshop, tmp_path: Path, step: int):
+    """Step 3 ends an epoch, 4 and 9 lie within one."""
+    words = lambda folder: workshop.arguments(tmp_path / folder, *EVERYTHING, max_train_steps=11)  # noqa: E731
+    assert main(words("whole")) == 0
+    assert main([*words("broken"), "--save_every_n_steps", str(step), "--save_state"]) == 0
+    state = tmp_path / "broken" / f"lora-step{step:08d}-state"
+    assert main([*words("resumed"), "--resume", str(state), "--max_data_loader_n_workers", "2"]) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+    assert same(
+        weights(tmp_path / "whole", "lora-ema.safetensors"), weights(tmp_path / "resumed", "lora-ema.safetensors")
+    )
+    lines = {name: _losses(tmp_path / name) for name in ("whole", "resumed")}
+    assert lines["resumed"] == {s: v for s, v in lines["whole"].items() if s > step}  # loss, average and rate
+
+
+def _losses(folder: Path) -> dict[int, tuple[float, ...]]:
+    found = {}
+    for line in (folder / "lora.metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        if "loss/current" in values:
+            found[values["step"]] = (values["loss/current"], values["loss/average"], values["lr/unet"])
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW8bit", "Lion", "Prodigy", "AdamWScheduleFree", "Adafactor", "DAdaptAdam"])
+def test_every_family_of_optimizers_resumes_exactly(workshop: Workshop, tmp_path: Path, optimizer: str):
+    rate = "1.0" if optimizer in ("Prodigy", "DAdaptAdam") else "1e-3"
+    more = ["--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs"]
+    words = lambda folder: workshop.arguments(  # noqa: E731
+        tmp_path / folder, *more, max_train_steps=5, optimizer_type=optimizer, learning_rate=rate
+    )
+    assert main([*words("whole"), "--save_every_n_steps", "2", "--save_state"]) == 0
+    state = tmp_path / "whole" / "lora-step00000002-state"
+    assert main([*words("resumed"), "--resume", str(state)]) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "sd3_train_network.py"), *words]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_run_killed_at_a_random_moment_goes_on_with_resume_auto(workshop: Workshop, tmp_path: Path):
+    """SIGKILL while states are written after every step: the newest whole one is found, and the end is the same."""
+    more = ["--network_train_unet_only", "--save_every_n_steps", "1", "--save_state", "--resume", "auto"]
+    words = workshop.arguments(tmp_path / "killed", *more, max_train_steps=40)
+    process = start(words)
+    wait_for(lambda: len(list((tmp_path / "killed").glob("*-state"))) >= 2 or process.poll() is not None)
+    time.sleep(random.random() * 0.5)
+    process.kill()
+    process.wait()
+    state = newest_state(tmp_path / "killed", "lora")
+    assert state is not None and state.position.step >= 2
+    for path in (tmp_path / "killed").glob("lora*.safetensors"):
+        load_file(path)  # every file is whole
+    assert main([*words]) == 0
+    whole = workshop.arguments(tmp_path / "whole", "--network_train_unet_only", max_train_steps=40)
+    assert main(whole) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_lora_and_state_and_says_how_to_go_on(workshop: Workshop, tmp_path: Path, number, code):
+    words = workshop.arguments(tmp_path, "--network_train_unet_only", max_train_steps=5000)
+    process = start(words)
+    wait_for(
+        lambda: (tmp_path / "lora.metrics.jsonl").exists() and (tmp_path / "lora.metrics.jsonl").stat().st_size > 0
+    )
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code, told
+    assert "--resume auto" in told and "Traceback" not in told
+    state = newest_state(tmp_path, "lora")
+    assert state is not None and state.position.step > 0
+    assert (tmp_path / f"lora-step{state.position.step:08d}.safetensors").exists()
+
+
+def test_resuming_with_options_that_change_the_run_names_them(workshop: Workshop, tmp_path: Path, capsys):
+    words = workshop.arguments(tmp_path, "--network_train_unet_only", max_train_steps=2)
+    assert main([*words, "--save_state"]) == 0
+    more = ["--resume", str(tmp_path / "lora-state"), "--max_train_steps", "4", "--learning_rate", "5e-4"]
+    assert main([*words, *more]) == 2
+    told = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.0005" in told
+
+
+def test_resume_auto_without_a_state_starts_anew(workshop: Workshop, tmp_path: Path):
+    assert main(workshop.arguments(tmp_path, "--resume", "auto", "--network_train_unet_only", max_train_steps=1)) == 0
+    assert (tmp_path / "lora.safetensors").exists()
