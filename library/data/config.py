@@ -17,6 +17,7 @@ from library.data import schema
 from library.data.buckets import bucket_limits, check_sides
 from library.data.command_line import CommandLineData, dataset_keys, dataset_tables
 from library.data.config_file import Place, Source, read_source
+from library.data.headers import EXTENSIONS, OPTIONAL_EXTENSIONS
 from library.data.settings import CaptionSettings, DatasetSettings, SubsetSettings
 from library.options.errors import Problems, UserError
 
@@ -102,7 +103,8 @@ class _Reader:
             if subset is not None and not self._is_twice(subset, subsets, subset_place):
                 subsets.append(subset)
         if "resolution" not in values:
-            self._add(place, "resolution is not set; put it here or in [general], or give --resolution")
+            if not self._says_resolution(table):  # a faulty one is told already
+                self._add(place, "resolution is not set; put it here or in [general], or give --resolution")
             return None
         if not subsets and subset_tables:
             self._add(place, "no subset is left (see the warnings); num_repeats must be at least 1 somewhere")
@@ -110,6 +112,12 @@ class _Reader:
         settings = DatasetSettings(name=f"dataset {number + 1}", subsets=tuple(subsets), **chosen)
         limits = values.get("min_bucket_reso"), values.get("max_bucket_reso")
         return self._finished(settings, limits, place)
+
+    def _says_resolution(self, dataset: Values) -> bool:
+        """Whether anyone gave a resolution, good or bad."""
+        general = self.source.tables.get("general")
+        in_general = isinstance(general, dict) and "resolution" in general
+        return "resolution" in dataset or in_general or bool(self.command_line.resolution)
 
     def _finished(
         self, settings: DatasetSettings, limits: tuple[int | None, int | None], place: Place
@@ -142,7 +150,10 @@ class _Reader:
         if style == "metadata":
             chosen = {key: value for key, value in chosen.items() if key not in ("caption_extension", "class_tokens")}
         elif "caption_extension" in chosen:
-            chosen["caption_extension"] = "." + chosen["caption_extension"].removeprefix(".")
+            extension = "." + chosen["caption_extension"].removeprefix(".")
+            chosen["caption_extension"] = extension
+            if extension.lower() in EXTENSIONS | OPTIONAL_EXTENSIONS:
+                self._add(place, f'caption_extension = "{extension}" is that of images', "caption_extension")
         if chosen.get("num_repeats", 1) < 1:
             logger.warning("%s: num_repeats is below 1, so the subset is left out", self.source.where(place))
             return None

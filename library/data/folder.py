@@ -29,18 +29,21 @@ class Listing:
 
 
 def list_folder(folder: str, caption_extension: str | None = None) -> Listing:
-    """List the images and captions right in `folder`; links are followed, subfolders are not entered.
+    """List the images and captions right in `folder`. Links are followed; subfolders and hidden files (".name") are not looked at.
 
     Raises OSError where the folder can't be read.
     """
     listing = Listing(os.path.abspath(folder))
+    images, captions = listing.images, listing.captions
     usable = headers.usable_extensions()
     caption_end = caption_extension.lower() if caption_extension else "\0"  # no name ends so
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
+            if name[0] == ".":  # macOS leaves "._photo.jpg" beside photo.jpg, which is no image
+                continue
             lowered = name.lower()
-            extension = lowered[lowered.rfind(".") :] if "." in lowered else ""
+            extension = lowered[lowered.rfind(".") :]
             is_caption = lowered.endswith(caption_end)
             if not is_caption and extension not in usable:
                 if extension in headers.OTHER_IMAGE_EXTENSIONS or extension in headers.OPTIONAL_EXTENSIONS:
@@ -54,14 +57,12 @@ def list_folder(folder: str, caption_extension: str | None = None) -> Listing:
             if not stat.S_ISREG(info.st_mode):
                 continue
             stamp = (info.st_size, info.st_mtime_ns)
-            if is_caption:
-                stem = name[: -len(caption_end)]
-                if stem not in listing.captions or name.endswith(caption_extension or ""):  # ".txt" before ".TXT"
-                    listing.captions[stem] = (name, stamp)
-            else:
-                listing.images[name] = stamp
+            if not is_caption:
+                images[name] = stamp
                 if entry.is_symlink():
                     listing.links.append(name)
+            elif (stem := name[: -len(caption_end)]) not in captions or name.endswith(caption_extension or ""):
+                captions[stem] = (name, stamp)  # ".txt" before ".TXT"
     return listing
 
 

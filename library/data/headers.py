@@ -33,7 +33,11 @@ class BadImageError(ValueError):
 
 
 class _Unusual(Exception):
-    """The quick reader isn't sure; Pillow shall look."""
+    """The quick reader isn't sure; Pillow shall look, and decode where the file may be cut off."""
+
+    def __init__(self, decode: bool = True):
+        super().__init__()
+        self.decode = decode
 
 
 def usable_extensions() -> frozenset[str]:
@@ -61,8 +65,8 @@ def image_size(path: str) -> Size:
     """
     try:
         size = _quick_size(path)
-    except _Unusual:
-        size = _pillow_size(path)
+    except _Unusual as unusual:
+        size = _pillow_size(path, unusual.decode)
     except OSError as error:
         raise BadImageError(f"can't be read: {error.strerror or error}") from None
     if size[0] * size[1] > LARGEST_AREA:
@@ -72,19 +76,15 @@ def image_size(path: str) -> Size:
     return size
 
 
-def _pillow_size(path: str) -> Size:
-    """The size by Pillow, with a trial decode, so that a truncated file is found out."""
-    import warnings
-
+def _pillow_size(path: str, decode: bool) -> Size:
+    """The size by Pillow, with a trial decode where that is needed to find out whether the file is whole."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(path) as image:
             width, height = image.size
-            if width * height > LARGEST_AREA:
-                return width, height
-            image.load()
+            if decode and width * height <= LARGEST_AREA:
+                image.load()
             turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
     except UnidentifiedImageError:
         raise BadImageError("no image that can be read (another format, or damaged)") from None
@@ -106,7 +106,9 @@ def _quick_size(path: str) -> Size:
             return _jpeg_size(file, head)
         if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
             return _webp_size(file, head)
-    raise _Unusual
+        if head[:2] == b"BM":
+            raise _Unusual(decode=file.seek(0, 2) < int.from_bytes(head[2:6], "little"))
+    raise _Unusual(decode=False)
 
 
 def _tail(file: FileIO, head: bytes) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,8 +61,15 @@ def build_index(
     Raises one UserError with every problem of every dataset.
     """
     started = time.perf_counter()
+    with _without_collection():
+        index = _build(datasets, ScanOptions(workers, cache_dir), skip_bad_images, seed)
+    images = sum(len(dataset.records) for dataset in [*index.training, *index.validation])
+    logger.info("Indexed %d images in %.1f s", images, time.perf_counter() - started)
+    return index
+
+
+def _build(datasets: Sequence[DatasetSettings], options: ScanOptions, skip_bad_images: bool, seed: int) -> DatasetIndex:
     findings = _Findings()
-    options = ScanOptions(workers, cache_dir)
     scans: dict[tuple[object, ...], Scan] = {}
     records = [_records(settings, options, scans, findings) for settings in datasets]
     scans.clear()
@@ -74,10 +83,19 @@ def build_index(
         places = ", ".join(dict.fromkeys(str(subset.metadata_file or subset.image_dir) for subset in subsets))
         findings.problems[f"There are no images to train on: {reason}. Looked in {places or 'no folder'}."] = None
     _raise_or_warn(findings, skip_bad_images)
-    index = DatasetIndex([*filter(None, training)], [*filter(None, validation)], list(findings.warnings))
-    images = sum(len(dataset.records) for dataset in [*index.training, *index.validation])
-    logger.info("Indexed %d images in %.1f s", images, time.perf_counter() - started)
-    return index
+    return DatasetIndex([*filter(None, training)], [*filter(None, validation)], list(findings.warnings))
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector from walking, again and again, the many objects that are made here to stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _records(

@@ -86,9 +86,12 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item], worker
         for chunk in chunks:
             yield from run(chunk)
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="index") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="index")
+    try:
         for results in pool.map(run, chunks):
             yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C needn't wait for files that nobody has begun to read
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

@@ -22,7 +22,7 @@ def held_out(names: Sequence[str], share: float, seed: int) -> set[int]:
     count = math.floor(len(names) * share + 0.5)
 
     def rank(position: int) -> bytes:
-        return hashlib.blake2b(f"{seed}\n{names[position]}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        return hashlib.blake2b(f"{seed}\n{names[position]}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
     return set(sorted(range(len(names)), key=rank)[:count]) if count else set()
 

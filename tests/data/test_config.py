@@ -264,7 +264,6 @@ network_multiplier = "1"
         (file, "line 13,", "dataset 1, subset 2", '"caption_dropout_rate" must be at most 1'),
         (file, "line 14,", "dataset 1, subset 2", '"face_crop_aug_range"', "smaller one first"),
         (file, "line 12,", "dataset 1, subset 2", 'key "image_dir" is missing'),
-        (file, "line 6,", "dataset 1", "resolution is not set"),
     ]
     for parts in expected:
         assert any(all(part in problem for part in parts) for problem in found), (parts, found)
@@ -351,6 +350,10 @@ def test_keys_of_caption_files_are_refused_with_metadata(tmp_path: Path, key: st
         (
             "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir='a'\nresize_interpolation='cubik'",
             "must be one of 'lanczos'",
+        ),
+        (
+            "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir='a'\ncaption_extension='png'",
+            'caption_extension = ".png" is that of images',
         ),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from library.data import headers
 from library.data.headers import BadImageError, image_size
@@ -49,7 +49,7 @@ def exif(orientation: int) -> bytes:
 def without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A header that needs Pillow fails the test: the quick reader must know it."""
 
-    def refuse(path: str) -> None:
+    def refuse(path: str, decode: bool) -> None:
         raise AssertionError(f"{path} went to Pillow")
 
     monkeypatch.setattr(headers, "_pillow_size", refuse)
@@ -129,7 +129,16 @@ def test_animations_have_the_size_of_their_canvas(tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["BMP", "AVIF", "TIFF"])
-def test_other_formats_go_to_pillow(tmp_path: Path, kind: str) -> None:
+def test_other_formats_go_to_pillow_and_are_not_decoded(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "AVIF" and ".avif" not in headers.usable_extensions():
+        pytest.skip("Pillow was built without AVIF")
+
+    def refuse(self: ImageFile.ImageFile) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
     assert image_size(write(tmp_path, encoded(kind, (64, 48)))) == (64, 48)
 
 

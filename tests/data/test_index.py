@@ -66,6 +66,7 @@ def test_all_usable_extensions_in_any_case_are_found_and_others_are_passed_over(
     image(tmp_path / "g.gif")
     image(tmp_path / "h.gif")
     (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside a.png")
     (tmp_path / "sub").mkdir()
     image(tmp_path / "sub" / "i.png")
     index = build_index([dataset(subset(tmp_path))])
