@@ -30,12 +30,14 @@ from library.sd3.flow import validation_timesteps
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
+from library.training.metadata import FamilyFacts
 from library.training.optimizers import build_optimizer
 from library.training.precision import choose_precision
 from library.training.previews import Previewer
 from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, mix_seed, seed_everything
 from library.training.step import DenoisingStep, StepInput, StepResult
+from networks.arguments import arguments_of
 from networks.network_modules import network_module
 
 logger = logging.getLogger(__name__)
@@ -137,7 +139,7 @@ class NetworkTrainer(ABC):
             for name, on in zip(self.encoder_names(), rates.trained_text_encoders)
         ]
         denoiser = self.denoiser if rates.unet > 0 else None
-        arguments = dict(text.split("=", 1) for text in args.network_args or ())
+        arguments = arguments_of(args.network_args)
         seed_everything(self.plan.seed)
         if args.dim_from_weights:
             network, _ = module.create_network_from_weights(
@@ -303,6 +305,10 @@ class NetworkTrainer(ABC):
     @abstractmethod
     def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Any:
         """A batch's text as the denoiser wants it; dropout acts where `training`."""
+
+    @abstractmethod
+    def metadata_facts(self) -> FamilyFacts:
+        """What the LoRA file tells about the base model and the family's own options."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:

@@ -40,14 +40,37 @@ from library.sd3.text_encoder_sizes import check_text_encoder
 from library.sd3.text_stage import ENCODERS, EncoderPlacement, TextStage, parse_t5_dtype
 from library.sd3.tokenizers import load_tokenizers
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
+from library.training.metadata import FamilyFacts
 from library.training.previews import Previewer, PreviewSettings
 from library.training.prompts import PreviewPrompt
 from library.training.seeds import DrawGenerators
 from networks.network_modules import network_module
+from networks.weight_files import check_network_file
 
 logger = logging.getLogger(__name__)
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
 """context [B, 77 + T, 4096], pooled [B, 2048], position embedding [1, patches, D] or None for the centred crop"""
+
+OPTIONS_IN_METADATA = (
+    "apply_lg_attn_mask",
+    "apply_t5_attn_mask",
+    "t5xxl_max_token_length",
+    "clip_l_dropout_rate",
+    "clip_g_dropout_rate",
+    "t5_dropout_rate",
+    "weighting_scheme",
+    "timestep_sampling",
+    "loss_weighting",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "training_shift",
+    "resolution_shift",
+    "min_timestep",
+    "max_timestep",
+    "enable_scaled_pos_embed",
+    "pos_emb_random_crop_rate",
+)
 
 
 class Sd3NetworkTrainer(NetworkTrainer):
@@ -85,10 +108,23 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return problems
 
     def network_problems(self, files: ModelFiles) -> list[str]:
-        if not self.args.network_module:
-            return []
-        depth = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).depth
-        return network_module(self.args.network_module).check_network_args(self.args.network_args or [], depth)
+        args = self.args
+        problems = []
+        for path in [args.network_weights, *(args.base_weights or [])]:
+            if path:
+                problems += check_network_file(path)
+        if args.network_module:
+            depth = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).depth
+            module = network_module(args.network_module)
+            problems += module.check_network_args(args.network_args or [], depth, args.scale_weight_norms)
+        return problems
+
+    def metadata_facts(self) -> FamilyFacts:
+        args, files = self.args, self.plan.files
+        vae = files.vae.path if args.vae and files.vae is not None else None
+        options = {f"ss_{name}": getattr(args, name) for name in OPTIONS_IN_METADATA}
+        kind = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).kind
+        return FamilyFacts(kind, files.mmdit.path, vae, options)
 
     # --- text ------------------------------------------------------------------------------------------------------
 
