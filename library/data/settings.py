@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Size = tuple[int, int]
 """Width, height in pixels."""
 
-RESIZE_INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SubsetSettings:
     random_crop: bool = False
     face_crop_aug_range: tuple[float, float] | None = None
     alpha_mask: bool = False
-    resize_interpolation: str | None = None  # one of RESIZE_INTERPOLATIONS; None: area to shrink, Lanczos to enlarge
+    resize_interpolation: Interpolation | None = None  # None: area to shrink, Lanczos to enlarge
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
