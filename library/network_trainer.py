@@ -11,6 +11,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from library.data.text_cache import TextCache, TextCacheSettings
 from library.options.errors import UserError
 from library.run_events import RunEvents
 from library.run_plan import path_or_none, plan_run
-from library.run_settings import flow_settings, loss_settings, scheduler_settings
+from library.run_settings import flow_settings, loss_settings, memory_advice, scheduler_settings
 from library.sd3.flow import validation_timesteps
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
 from library.training.metadata import FamilyFacts
 from library.training.optimizers import build_optimizer
+from library.training.out_of_memory import told_clearly
 from library.training.precision import choose_precision
 from library.training.previews import Previewer
 from library.training.schedulers import build_schedule
@@ -57,13 +59,17 @@ class NetworkTrainer(ABC):
         if self.args.dry_run or self.args.debug_dataset:
             self.show_plan()
             return None
-        self.cache_texts()
-        self.cache_latents()
-        self.load_denoiser()
-        self.create_network()
-        self.create_optimizer()
+        with self.doing("captions were encoded"):
+            self.cache_texts()
+        with self.doing("images were encoded"):
+            self.cache_latents()
+        with self.doing("the denoiser was loaded"):
+            self.load_denoiser()
+            self.create_network()
+            self.create_optimizer()
         self.make_loaders()
-        return self.run()
+        with self.doing("training"):
+            return self.run()
 
     # --- the steps -------------------------------------------------------------------------------------------------
 
@@ -253,6 +259,10 @@ class NetworkTrainer(ABC):
             assert batch.images is not None
             raw = self.encode_images(batch.images, draws.device)
         return self.normalise_latents(raw)
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Inside it, a full memory is told with what was being done and what would make it fit."""
+        return told_clearly(what, self.device, memory_advice(self.args))
 
     # --- what a model family provides ------------------------------------------------------------------------------
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from library.options.errors import UserError
+from library.run_metadata import run_facts, save_facts
 from library.run_metrics import RunMetrics
 from library.run_options import options_that_shape
 from library.run_plan import state_to_resume
 from library.training.loop import StepReport
+from library.training.metadata import FileMetadata
 from library.training.output_names import OutputNames, SaveRhythm, epochs_between_saves
 from library.training.previews import Previewer, moment, write_sheet
 from library.training.saving import BackgroundSaver, remove, write_weights
@@ -50,6 +52,7 @@ class RunEvents:
         self.rhythm = SaveRhythm(every, args.save_every_n_steps)
         self.columns: list[tuple[str, list[Path]]] = []
         self.last_saved_at = time.monotonic()
+        self.metadata = FileMetadata(run_facts(trainer, time.time())) if self.main else None
 
     def __enter__(self) -> RunEvents:
         with ExitStack() as stack:
@@ -95,7 +98,12 @@ class RunEvents:
 
     def after_step(self, report: StepReport) -> None:
         args, position = self.args, report.position
-        self.metrics.step(report)
+        try:
+            self.metrics.step(report)
+        except UserError:  # only bad steps in a row: each was skipped, so the weights are those of the last good one
+            self.save_weights(self.names.step(position.step), position)
+            self.save_state(self.names.state_step(position.step), position)
+            raise
         if self.rhythm.step_is_due(position.step) or self._minutes_are_up():
             self.save_at_step(position)
         if args.validate_every_n_steps and position.step % args.validate_every_n_steps == 0:
@@ -139,11 +147,12 @@ class RunEvents:
     def save_weights(self, path: Path, position: Position, old: list[Path] | None = None) -> None:
         """Hand a copy of the LoRA to the saver. With an EMA its average is saved beside, or instead."""
         self.last_saved_at = time.monotonic()
-        if not self.main:
+        if self.metadata is None:
             return
-        trainer = self.trainer
+        trainer, described = self.trainer, self.metadata
         dtype = SAVE_DTYPES.get(self.args.save_precision or "")
-        metadata = self.metrics.metadata(position)
+        final = path == self.names.final()
+        metadata = described.at(save_facts(position, time.time()))
         files: list[tuple[Path, dict[str, Tensor]]] = []
         averages = trainer.ema.averages if trainer.ema else None
         with trainer.optimizer.evaluation_weights():
@@ -156,7 +165,7 @@ class RunEvents:
 
         def write() -> None:
             for target, tensors in files:
-                write_weights(target, tensors, metadata)
+                write_weights(target, tensors, described.with_hashes(metadata, tensors, wait=final))
             remove([p for p in old or [] if p not in {target for target, _ in files}])
 
         self.saver.submit(write)

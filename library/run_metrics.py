@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from library.options.errors import UserError
-from library.run_metadata import run_metadata
 from library.training.loop import StepReport
 from library.training.loss import RunningLoss, TimestepLosses
 from library.training.optimizers import logged_rates
@@ -107,9 +106,6 @@ class RunMetrics:
     def previews(self, position: Position, previews: list[Preview]) -> None:
         for preview in previews:
             self._write({"step": position.step, "preview": str(preview.path), "prompt": preview.prompt.prompt})
-
-    def metadata(self, position: Position) -> dict[str, str]:
-        return run_metadata(self.trainer, position, self.started_at)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict(), "by_timestep": self.by_timestep.state_dict()}

@@ -26,6 +26,7 @@ from library.options.errors import Problems, UserError
 from library.run_settings import RunLength, flow_settings, loss_settings, run_length, scheduler_settings
 from library.sd3.flow import check_flow
 from library.training.loss import check_loss
+from library.training.modelspec import thumbnail_url
 from library.training.optimizers import check_optimizer
 from library.training.prompts import PreviewPrompt, read_prompts
 from library.training.schedulers import check_schedule
@@ -86,6 +87,8 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
     if rates is not None:
         given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
         problems.found += check_optimizer(args.optimizer_type, args.optimizer_args, given)
+    if args.metadata_thumbnail:
+        _try(problems, lambda: thumbnail_url(args.metadata_thumbnail))
     if args.output_dir:
         problems.found += output_problems(Path(args.output_dir))
     if files is not None:
