@@ -81,11 +81,10 @@ def run_tests(pytest_arguments: list[str]) -> int:
     step("Types")
     call([scripts / "mypy"])
     step("Tests")
-    return subprocess.run(
-        [str(python), "-m", "pytest", *pytest_arguments],
-        cwd=ROOT,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-    ).returncode
+    cores = os.cpu_count() or 1
+    command = [str(python), "-m", "pytest", "-n", str(min(cores, 8)), "--dist", "worksteal", *pytest_arguments]
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # a core for each of the processes
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet}).returncode
 
 
 def environment(requirements: str) -> Path:

@@ -69,3 +69,26 @@ def run_length(
     steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
     max_steps = max_train_epochs * steps_per_epoch if max_train_epochs else max_train_steps
     return RunLength(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))
+
+
+def memory_advice(args: argparse.Namespace) -> list[str]:
+    """Options that the run does not use yet and that lower its peak, in order of what they cost."""
+    steps = [
+        (
+            not args.cache_text_encoder_outputs and args.network_train_unet_only,
+            "--cache_text_encoder_outputs (frees the text encoders)",
+        ),
+        (not args.cache_latents, "--cache_latents (frees the VAE)"),
+        (args.mixed_precision == "no", "--mixed_precision bf16"),
+        (not args.gradient_checkpointing, "--gradient_checkpointing (about a third slower)"),
+        (
+            (args.train_batch_size or 1) > 1,
+            "a smaller batch_size, with --gradient_accumulation_steps to make up for it",
+        ),
+        (not args.blocks_to_swap, "--blocks_to_swap 12, or as many more as it takes"),
+        (not args.fp8_base and not args.base_quantization, "--fp8_base_unet (base weights in eight bits)"),
+        (args.optimizer_type == "AdamW", "--optimizer_type AdamW8bit"),
+        (not args.cpu_offload_checkpointing and not args.blocks_to_swap, "--cpu_offload_checkpointing"),
+        (True, "a lower resolution"),
+    ]
+    return [text for useful, text in steps if useful]

@@ -1,0 +1,197 @@
+"""Nothing is lost: bad steps, a full memory, a full disk and broken files end in a clear message, and what was saved is whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import random
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+
+from library.data.command_line import CommandLineData
+from library.data.config import read_datasets
+from library.options.errors import UserError
+from library.training.state import newest_state
+from library.training.step import DenoisingStep
+from sd3_train_network import main
+from tests.end_to_end.conftest import Workshop
+from tests.end_to_end.test_resume import same, start, wait_for, weights
+
+UNET = "--network_train_unet_only"
+
+
+@pytest.fixture
+def bad_steps(monkeypatch: pytest.MonkeyPatch):
+    """Let chosen calls of the training step give losses that are not finite."""
+    chosen: set[int] = set()
+    calls = iter(range(1, 1000))
+    plain = DenoisingStep.__call__
+
+    def call(self, given, draws, timestep=None):
+        result = plain(self, given, draws, timestep)
+        if next(calls) in chosen:
+            result = type(result)(result.losses * float("nan"), result.timesteps)
+        return result
+
+    monkeypatch.setattr(DenoisingStep, "__call__", call)
+    return chosen
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Lion"])
+def test_a_bad_step_is_skipped_and_its_images_are_named(
+    workshop: Workshop, tmp_path: Path, bad_steps, capfd, optimizer
+):
+    bad_steps.add(3)
+    assert main(workshop.arguments(tmp_path, UNET, max_train_steps=5, optimizer_type=optimizer)) == 0
+    told = capfd.readouterr().err
+    assert "Step 3 had a gradient that is not finite and was skipped" in told and ".png (timestep" in told
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+    assert any(t.abs().max() > 0 for key, t in weights(tmp_path).items() if "lora_up" in key)
+
+
+def test_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(
+    workshop: Workshop, tmp_path: Path, bad_steps, capsys
+):
+    bad_steps.update(range(3, 100))
+    assert main(workshop.arguments(tmp_path, UNET, "--max_nonfinite_steps", "4", max_train_steps=50)) == 2
+    assert "4 steps in a row" in capsys.readouterr().err
+    state = newest_state(tmp_path, "lora")
+    assert state is not None
+    assert all(tensor.isfinite().all() for tensor in state.weights().values())
+
+
+def test_a_full_memory_says_what_was_done_and_what_would_help(workshop: Workshop, tmp_path: Path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("library.sd3_trainer.load_mmdit", full)
+    assert main(workshop.arguments(tmp_path, UNET)) == 2
+    told = capsys.readouterr().err
+    assert "while the denoiser was loaded" in told and "--gradient_checkpointing" in told and "--blocks_to_swap" in told
+    assert "Traceback" not in told
+
+
+def test_a_full_disk_stops_with_a_message_and_leaves_whole_files(
+    workshop: Workshop, tmp_path: Path, monkeypatch, capsys
+):
+    plain, calls = safetensors.torch.save_file, []
+
+    def save(tensors, path, metadata=None):
+        calls.append(path)
+        if len(calls) >= 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    assert main(workshop.arguments(tmp_path, UNET, "--save_every_n_steps", "2", max_train_steps=6)) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["lora-step00000002.safetensors"]
+    load_file(tmp_path / "lora-step00000002.safetensors")
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_killed_again_and_again_while_it_saves_the_run_still_ends_the_same(workshop: Workshop, tmp_path: Path):
+    """Kills at random moments of a run that saves after every step; each start goes on from the newest whole state."""
+    more = (UNET, "--save_every_n_steps", "1", "--save_state", "--save_last_n_steps", "3", "--resume", "auto")
+    words = workshop.arguments(tmp_path / "killed", *more, max_train_steps=60)
+    rng = random.Random(3)
+    for _ in range(3):
+        state = newest_state(tmp_path / "killed", "lora")
+        before = state.position.step if state else 0
+
+        def has_come_on(before: int = before) -> bool:
+            now = newest_state(tmp_path / "killed", "lora")
+            return now is not None and now.position.step > before
+
+        process = start(words)
+        wait_for(lambda: process.poll() is not None or has_come_on())  # noqa: B023
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL) if hasattr(signal, "SIGKILL") else process.kill()
+        process.wait()
+        for path in (tmp_path / "killed").glob("lora*.safetensors"):
+            load_file(path)
+    assert main(words) == 0
+    assert main(workshop.arguments(tmp_path / "whole", UNET, max_train_steps=60)) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert len(list((tmp_path / "killed").glob("lora-step*-state"))) <= 4
+
+
+def test_save_every_n_minutes_counts_minutes(workshop: Workshop, tmp_path: Path, monkeypatch):
+    clock = iter(range(0, 10**6, 25))  # every look at the clock is 25 seconds later
+    monkeypatch.setattr("library.run_events.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    assert main(workshop.arguments(tmp_path, UNET, "--save_every_n_minutes", "1", max_train_steps=6)) == 0
+    assert 1 <= len(list(tmp_path.glob("lora-step*.safetensors"))) <= 4
+
+
+def test_two_thousand_mutated_dataset_files_give_nothing_but_clear_errors(tmp_path: Path):
+    source = """[general]
+resolution = [512, 768]
+enable_bucket = true
+caption_extension = ".txt"
+[[datasets]]
+batch_size = 2
+validation_split = 0.1
+[[datasets.subsets]]
+image_dir = "images"
+num_repeats = 3
+keep_tokens_separator = "|||"
+custom_attributes = { diff_output_preservation = true }
+"""
+    rng = random.Random(0)
+    pieces = [
+        "=",
+        "[",
+        "]",
+        '"',
+        "\n",
+        "-1",
+        "1e999",
+        "nan",
+        "true",
+        "{}",
+        "é",
+        "\x00",
+        "[[",
+        "datasets",
+        "0x7fffffffffffffff",
+    ]
+    path, refused = tmp_path / "d.toml", 0
+    logging.disable(logging.WARNING)
+    try:
+        for _ in range(2000):
+            text = source
+            for _ in range(rng.randint(1, 4)):
+                place = rng.randrange(len(text))
+                cut = rng.randint(0, 6)
+                text = text[:place] + rng.choice(pieces) * rng.randint(0, 2) + text[place + cut :]
+            path.write_bytes(text.encode("utf-8"))
+            try:
+                read_datasets(str(path), CommandLineData())
+            except UserError:
+                refused += 1
+    finally:
+        logging.disable(logging.NOTSET)
+    assert 500 < refused <= 2000
+
+
+def test_secrets_reach_no_file(workshop: Workshop, tmp_path: Path):
+    """Tokens and keys are in no LoRA, state, log or config file."""
+    secret = "hf_averysecrettoken12345"
+    config = tmp_path / "out" / "config.toml"
+    words = workshop.arguments(tmp_path / "out", UNET, "--save_state", max_train_steps=1)
+    assert main([*words, "--wandb_api_key", secret, "--config_file", str(config), "--output_config"]) == 0
+    assert main([*words, "--wandb_api_key", secret]) == 0
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 4
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    options = json.loads((tmp_path / "out" / "lora-state" / "train_state.json").read_text(encoding="utf-8"))["options"]
+    assert "wandb_api_key" not in options and options["learning_rate"] == 0.001
