@@ -112,7 +112,9 @@ class TrainingLoop:
         losses, timesteps, paths = [], [], []
         batch_number = position.batch
         for batch in batches:
-            self.draws.place(mix_seed(self.settings.seed, self.settings.rank, position.epoch, batch_number))
+            # Numbered over all processes: two of them draw what one would with twice the accumulation.
+            number = batch_number * self._processes() + self.settings.rank
+            self.draws.place(mix_seed(self.settings.seed, position.epoch, number))
             result = parts.losses(batch, self.draws)
             loss = result.losses.sum() * (
                 self._processes() / total_samples

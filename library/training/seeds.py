@@ -1,6 +1,6 @@
 """Random draws as a function of the seed and the place in training.
 
-Every draw of a micro-batch comes from generators seeded by (seed, rank, epoch, batch). So a resumed run draws what the
+Every draw of a micro-batch comes from generators seeded by (seed, epoch, number of the batch over all processes). So a resumed run draws what the
 unbroken one drew, whatever previews and validation did in between, and nothing has to be replayed.
 """
 
