@@ -21,7 +21,6 @@ from networks.dora import DoRALayer
 from networks.frozen_layers import FrozenLayer, is_target
 from networks.lora import LoRANetwork
 from networks.lora_layer import LayerSettings, LoRALayer
-from networks.merging import merge_layers
 from networks.network_arguments import LoraSettings, check_network_args, read_settings, trains_t5xxl
 from networks.parameter_groups import PARTS, LoraPlus, parts_of, without_absent_parts
 from networks.weight_files import group_by_layer, listed, read_network_file
@@ -32,7 +31,6 @@ __all__ = [
     "create_network_from_weights",
     "find_targets",
     "layers_by_name",
-    "merge_base_weights",
     "trains_t5xxl",
 ]
 
@@ -158,23 +156,6 @@ def create_network_from_weights(
 def layers_by_name(text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None) -> dict[str, FrozenLayer]:
     """Every layer that a LoRA file may name, embedders and final layer included, by LoRA name in the order of creation."""
     return {name: layer for name, _, layer in _candidates(text_encoders, mmdit)}
-
-
-def merge_base_weights(
-    path: str, strength: float, text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None
-) -> int:
-    """Merge a LoRA or LyCORIS file into the frozen models' weights (--base_weights). Returns the number of changed layers.
-
-    Must come before quantising and before the encoders are used for caching. Sums are made in float32, where the weights are.
-    UserError where the file names layers that the models lack, or does not fit; then nothing is changed. What it has for an
-    encoder that is None is left out with a warning.
-    """
-    layers = layers_by_name(text_encoders, mmdit)
-    changes = group_by_layer(read_network_file(path), path)
-    changes = without_absent_parts(changes, parts_of(layers), path, "which is not loaded")
-    count = merge_layers(changes, layers, strength, path)
-    logger.info("Merged %s at strength %g: %d layers changed.", path, strength, count)
-    return count
 
 
 def find_targets(

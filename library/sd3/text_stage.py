@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,21 @@ from torch import Tensor, nn
 
 from library.sd3.checkpoint import ModelFiles, fingerprint
 from library.sd3.conditioning import TextEncoding, TextSettings, encode_captions
-from library.sd3.text_encoders import load_clip, load_t5
+from library.sd3.text_encoders import load_clip, load_t5, quantise_t5
 from library.sd3.tokenizers import Tokenizers
 
 logger = logging.getLogger(__name__)
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 QUANTISED = ("fp8", "int8", "nf4")
 Wrap = Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to an encoder's wide weights before use (a LoRA merged in), and what tells it from other changes."""
+
+    apply: Callable[[nn.Module], None]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class EncoderPlacement:
         None  # replaces a block's linear layers, see library.memory.quantize
     )
     mmap: bool = True
+    change: Mapping[str, Change] = field(default_factory=dict)  # by encoder: done to its weights when it is loaded
+    keep_freed_memory: bool = False  # leave a freed encoder's device memory to torch's allocator
 
 
 class TextStage:
@@ -54,7 +64,10 @@ class TextStage:
         parts = [f"{name}={fingerprint(part)}" for name, part in self._parts(names).items()]
         settings = self.settings
         facts = [f"t5_tokens={settings.t5_tokens}", f"mask_clip={settings.mask_clip}", f"mask_t5={settings.mask_t5}"]
-        return ";".join([*parts, *facts, f"dtype={self.placement.dtype}", f"t5={self._t5_format()}"])
+        changes = [
+            f"{name}+{self.placement.change[name].fingerprint}" for name in names if name in self.placement.change
+        ]
+        return ";".join([*parts, *facts, f"dtype={self.placement.dtype}", f"t5={self._t5_format()}", *changes])
 
     def encode_ahead(
         self, captions: Sequence[str], names: Sequence[str], batch_size: int, wrap: Wrap = lambda batches: batches
@@ -80,9 +93,13 @@ class TextStage:
                 self.free(name)
         return rows
 
-    def encode_live(self, captions: Sequence[str], names: Sequence[str]) -> TextEncoding:
-        """The outputs of the named encoders, which stay loaded; gradients flow where LoRA asks for them."""
-        return self._encode(captions, {name: self.model(name) for name in self._parts(names)})
+    def encode_live(self, captions: Sequence[str], names: Sequence[str], trained: Sequence[str] = ()) -> TextEncoding:
+        """The outputs of the named encoders, which stay loaded. Those of `trained` carry a graph for the LoRA's gradients."""
+        encoding = TextEncoding()
+        for name in self._parts(names):
+            with nullcontext() if name in trained else torch.no_grad():
+                encoding = encoding.merged(self._encode(captions, {name: self.model(name)}))
+        return encoding
 
     def model(self, name: str) -> nn.Module:
         """An encoder, loaded on first use."""
@@ -94,7 +111,7 @@ class TextStage:
         """Forget encoders (all of them without names) and give their memory back."""
         for name in names or tuple(self.models):
             self.models.pop(name, None)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not self.placement.keep_freed_memory:
             torch.cuda.empty_cache()
 
     def _parts(self, names: Sequence[str]) -> dict[str, Any]:
@@ -114,9 +131,18 @@ class TextStage:
         part, place = self.files.encoders()[name], self.placement
         assert part is not None
         logger.info("Loading %s from %s", name, part.path)
+        change = place.change.get(name)
         if name != "t5xxl":
-            return load_clip(part, place.device, place.dtype, place.mmap)
-        return load_t5(part, place.t5_device, place.t5_dtype, place.mmap, self._quantise_block())
+            model: nn.Module = load_clip(part, place.device, place.dtype, place.mmap)
+        else:  # a change is made to the wide weights, so that all of them are there before they are quantised
+            quantise_now = self._quantise_block() if change is None else None
+            model = load_t5(part, place.t5_device, place.t5_dtype, place.mmap, quantise_now)
+        if change is not None:
+            change.apply(model)
+            quantise_later = self._quantise_block() if name == "t5xxl" else None
+            if quantise_later is not None:
+                quantise_t5(model, quantise_later)
+        return model
 
     def _quantise_block(self) -> Callable[[nn.Module], None] | None:
         kind, quantise = self.placement.t5_quantisation, self.placement.quantise

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from library.options.errors import UserError
-from networks.lora_sd3 import create_network, create_network_from_weights, merge_base_weights
+from networks.base_weights import BaseWeights
+from networks.lora_sd3 import create_network, create_network_from_weights
 from networks.parameter_groups import LearningRates
 from tests.networks.models import (
     QKV,
@@ -315,12 +316,21 @@ def test_base_weights_change_the_models_they_name(tmp_path, caplog):
     tokens = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
     expected, expected_text = mmdit(**mmdit_inputs()), clip(tokens).text_embeds
     network.detach()
-    count = merge_base_weights(str(tmp_path / "a.safetensors"), 0.5, [clip, None, None], mmdit)
-    assert count == len(network.layers)
+    base = BaseWeights([(str(tmp_path / "a.safetensors"), 0.5)])
+    assert base.parts == {"lora_unet_", "lora_te1_"}
+    text_layers = base.merge([clip, None, None], None)
+    assert text_layers + base.merge([], mmdit) == len(network.layers) and text_layers > 0
     assert relative_error(mmdit(**mmdit_inputs()), expected) < 1e-5
     assert relative_error(clip(tokens).text_embeds, expected_text) < 1e-5
-    assert merge_base_weights(str(tmp_path / "a.safetensors"), -0.5, [None, None, None], mmdit) < count
-    assert "textencoder 1, which is not loaded" in caplog.text
+
+
+def test_a_part_of_base_weights_has_a_fingerprint_that_follows_its_weights_and_strength(tmp_path):
+    network = trained(create_network(1.0, 4, 2.0, None, [tiny_clip()], tiny_mmdit()))
+    network.save_weights(tmp_path / "a.safetensors")
+    a = str(tmp_path / "a.safetensors")
+    one, same, weaker = (BaseWeights([(a, strength)]) for strength in (1.0, 1.0, 0.5))
+    assert one.fingerprint("lora_te1_") == same.fingerprint("lora_te1_") != weaker.fingerprint("lora_te1_")
+    assert one.fingerprint("lora_te1_") != one.fingerprint("lora_unet_") and one.fingerprint("lora_te3_") == ""
 
 
 def test_base_weights_that_name_other_layers_change_nothing(tmp_path):
@@ -328,5 +338,5 @@ def test_base_weights_that_name_other_layers_change_nothing(tmp_path):
     before = {key: tensor.clone() for key, tensor in shallow.state_dict().items()}
     trained(create_network(1.0, 4, 2.0, None, [], deep)).save_weights(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="joint_blocks_3"):
-        merge_base_weights(str(tmp_path / "a.safetensors"), 1.0, [], shallow)
+        BaseWeights([(str(tmp_path / "a.safetensors"), 1.0)]).merge([], shallow)
     assert all(torch.equal(before[key], tensor) for key, tensor in shallow.state_dict().items())
