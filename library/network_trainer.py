@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,14 @@ from library.data.text_cache import TextCache, TextCacheSettings
 from library.options.errors import UserError
 from library.run_events import RunEvents
 from library.run_plan import path_or_none, plan_run
-from library.run_settings import flow_settings, loss_settings, memory_advice, scheduler_settings
+from library.run_settings import (
+    base_weight_files,
+    flow_settings,
+    loss_settings,
+    memory_advice,
+    scheduler_settings,
+    tracking_settings,
+)
 from library.sd3.flow import validation_timesteps
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
@@ -40,9 +48,11 @@ from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, mix_seed, seed_everything
 from library.training.step import DenoisingStep, StepInput, StepResult
 from networks.arguments import arguments_of
+from networks.base_weights import BaseWeights
 from networks.network_modules import network_module
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
 
 
@@ -76,13 +86,29 @@ class NetworkTrainer(ABC):
     def start_processes(self) -> None:
         """Find the device and the other processes; choose the number formats."""
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         args = self.args
-        self.accelerator = Accelerator(mixed_precision="no")  # models compute in their own dtype, without autocast
+        self.tracking = tracking_settings(args)
+        wait = InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout)) if args.ddp_timeout else None
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # models compute in their own dtype, without autocast
+            log_with=list(self.tracking.names) or None,
+            project_dir=self.tracking.folder,
+            kwargs_handlers=[wait] if wait else None,
+        )
         self.device = self.accelerator.device
         self.precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, self.device)
         for warning in self.precision.warnings:
             logger.warning(warning)
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all processes, on all processes."""
+        if self.accelerator.num_processes == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
 
     def show_plan(self) -> None:
         """What would be trained, without training: `--dry_run` and `--debug_dataset`."""
@@ -92,11 +118,14 @@ class NetworkTrainer(ABC):
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
         args, plan = self.args, self.plan
         self.texts, self.validation_texts = None, None
+        self.base_weights = BaseWeights(base_weight_files(args))
         self.text_stage = self.make_text_stage()
-        trained = [name for name, on in zip(self.encoder_names(), plan.rates.trained_text_encoders) if on]
-        self.live_encoders = self.encoder_names() if not args.cache_text_encoder_outputs else trained
-        ahead = [name for name in self.encoder_names() if name not in self.live_encoders]
-        self.encode_prompts([name for name in self.encoder_names() if name not in trained])
+        present = self.text_stage.present
+        trains = dict(zip(self.encoder_names(), plan.rates.trained_text_encoders))
+        self.trained_encoders = [name for name in present if trains[name]]
+        self.live_encoders = self.trained_encoders if args.cache_text_encoder_outputs else present
+        ahead = [name for name in present if name not in self.live_encoders]
+        self.encode_prompts([name for name in present if name not in self.trained_encoders])
         if ahead:
             settings = TextCacheSettings(
                 fingerprint=self.text_stage.fingerprint(ahead),
@@ -141,8 +170,7 @@ class NetworkTrainer(ABC):
         args, rates = self.args, self.plan.rates
         module = network_module(args.network_module)
         encoders = [
-            self.text_stage.model(name) if on and name in self.live_encoders else None
-            for name, on in zip(self.encoder_names(), rates.trained_text_encoders)
+            self.text_stage.model(name) if name in self.trained_encoders else None for name in self.encoder_names()
         ]
         denoiser = self.denoiser if rates.unet > 0 else None
         arguments = arguments_of(args.network_args)
@@ -159,6 +187,10 @@ class NetworkTrainer(ABC):
                 network.load_weights(args.network_weights)
         self.network = network.to(self.device, self.precision.trained_dtype).train()
         self.network.attach()
+        if args.gradient_checkpointing:
+            for encoder in encoders:
+                if encoder is not None:
+                    self.checkpoint_encoder(encoder)
         groups = self.network.parameter_groups(rates)
         self.group_names = [group["name"] for group in groups]
         self.groups = groups
@@ -287,6 +319,10 @@ class NetworkTrainer(ABC):
 
     @abstractmethod
     def make_text_stage(self) -> Any: ...
+
+    @abstractmethod
+    def checkpoint_encoder(self, encoder: nn.Module) -> None:
+        """Let a trained encoder keep less for the backward pass."""
 
     @abstractmethod
     def encode_prompts(self, names: Sequence[str]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.memory.checkpointing import CheckpointSettings
+from library.options.table import OPTIONS
 from library.sd3.flow import FlowSettings
 from library.training.loss import LossSettings
 from library.training.schedulers import SchedulerSettings
+from library.training.tracking import TrackingSettings, chosen_trackers, log_folder
 
 
 def flow_settings(args: argparse.Namespace) -> FlowSettings:
@@ -29,6 +32,12 @@ def flow_settings(args: argparse.Namespace) -> FlowSettings:
 
 def loss_settings(args: argparse.Namespace) -> LossSettings:
     return LossSettings(args.loss_type, args.huber_schedule, args.huber_c, args.huber_scale)
+
+
+def base_weight_files(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """The paths of --base_weights with their strengths: 1.0 for those that have none."""
+    paths, strengths = args.base_weights or [], args.base_weights_multiplier or []
+    return [(path, strengths[place] if place < len(strengths) else 1.0) for place, path in enumerate(paths)]
 
 
 def checkpoint_settings(args: argparse.Namespace) -> CheckpointSettings | None:
@@ -92,3 +101,16 @@ def memory_advice(args: argparse.Namespace) -> list[str]:
         (True, "a lower resolution"),
     ]
     return [text for useful, text in steps if useful]
+
+
+def tracking_settings(args: argparse.Namespace) -> TrackingSettings:
+    secrets = [getattr(args, option.dest, None) for option in OPTIONS if option.secret]
+    return TrackingSettings(
+        chosen_trackers(args.log_with, args.logging_dir),
+        log_folder(args.logging_dir, args.log_prefix),
+        args.log_tracker_name or "network_train",
+        args.wandb_run_name,
+        Path(args.log_tracker_config) if args.log_tracker_config else None,
+        args.wandb_api_key,
+        tuple(secret for secret in secrets if secret),
+    )

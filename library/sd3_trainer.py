@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.data.loader import Batch
 from library.data.settings import Size
@@ -37,13 +37,15 @@ from library.sd3.models import load_mmdit, load_vae, mmdit_problems, shapes_of, 
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
 from library.sd3.sampling import SAMPLERS
 from library.sd3.text_encoder_sizes import check_text_encoder
-from library.sd3.text_stage import ENCODERS, EncoderPlacement, TextStage, parse_t5_dtype
+from library.sd3.text_encoders import checkpoint_layers
+from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
 from library.sd3.tokenizers import load_tokenizers
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
 from library.training.metadata import FamilyFacts
 from library.training.previews import Previewer, PreviewSettings
 from library.training.prompts import PreviewPrompt
 from library.training.seeds import DrawGenerators
+from networks.lora_sd3 import TEXT_ENCODER_PREFIXES
 from networks.network_modules import network_module
 from networks.weight_files import check_network_file
 
@@ -144,6 +146,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
             t5_quantisation=t5_format,
             quantise=partial(quantise, within=lambda path: True),
             mmap=not args.disable_mmap_load_safetensors,
+            change=self._encoder_changes(present),
+            keep_freed_memory=args.highvram,
         )
         settings = TextSettings(args.t5xxl_max_token_length, args.apply_lg_attn_mask, args.apply_t5_attn_mask)
         tokenizers = load_tokenizers(args.tokenizer_cache_dir, files.mmdit.path, present)
@@ -151,15 +155,29 @@ class Sd3NetworkTrainer(NetworkTrainer):
         self.dropout = DropoutRates(args.clip_l_dropout_rate, args.clip_g_dropout_rate, args.t5_dropout_rate)
         return TextStage(files, tokenizers, settings, placement)
 
+    def _encoder_changes(self, present: Sequence[str]) -> dict[str, Change]:
+        """What --base_weights do to each encoder that there is."""
+        base, changes = self.base_weights, {}
+        for place, (name, part) in enumerate(zip(ENCODERS, TEXT_ENCODER_PREFIXES)):
+            if part in base.parts and name not in present:
+                logger.warning("--base_weights has a LoRA for %s, which is missing: it is left out.", name)
+            elif part in base.parts:
+
+                def apply(model: nn.Module, place: int = place) -> None:
+                    base.merge([model if index == place else None for index in range(len(ENCODERS))], None)
+
+                changes[name] = Change(apply, base.fingerprint(part))
+        return changes
+
+    def checkpoint_encoder(self, encoder: nn.Module) -> None:
+        checkpoint_layers(encoder)
+
     def encoding_of(self, captions: Sequence[str], cached: dict[str, Tensor] | None) -> TextEncoding:
         """What the encoders say: from the cache, and live from those that are not cached."""
         encoding = TextEncoding.from_dict(cached) if cached else TextEncoding()
-        live = [name for name in self.live_encoders if name in self.text_stage.present]
-        if not live:
+        if not self.live_encoders:
             return encoding
-        trained = bool(self.network.trained_parts - {"lora_unet_"})
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return encoding.merged(self.text_stage.encode_live(captions, live))
+        return encoding.merged(self.text_stage.encode_live(captions, self.live_encoders, self.trained_encoders))
 
     def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Conditioning:
         encoding = self.encoding_of(batch.captions, batch.text)
@@ -194,7 +212,10 @@ class Sd3NetworkTrainer(NetworkTrainer):
     def make_denoiser(self) -> MMDiT:
         args = self.args
         mmap = not args.disable_mmap_load_safetensors
-        model = load_mmdit(self.plan.files.mmdit, "cpu", self.precision.dtype, mmap)
+        swapped = bool(args.blocks_to_swap)  # those blocks stay in host memory
+        first = self.device if args.lowram and not swapped else torch.device("cpu")
+        model = load_mmdit(self.plan.files.mmdit, first, self.precision.dtype, mmap)
+        self.base_weights.merge([], model)
         quantisation = "fp8" if args.fp8_base else args.base_quantization
         settings = MemorySettings(
             blocks_to_swap=self.blocks_to_swap(len(model.joint_blocks)),
@@ -261,10 +282,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
     def prompt_conditioning(self, prompt: PreviewPrompt, text: str) -> Conditioning:
         """A prompt's text as the denoiser wants it: trained encoders speak for themselves, the others did so before."""
         encoding = TextEncoding.stack([self.prompt_rows[text]])
-        trained = [name for name, on in zip(ENCODERS, self.plan.rates.trained_text_encoders) if on]
-        live = [name for name in trained if name in self.text_stage.present]
-        if live:
-            encoding = encoding.merged(self.text_stage.encode_live([text], live))
+        if self.trained_encoders:
+            encoding = encoding.merged(self.text_stage.encode_live([text], self.trained_encoders))
         context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
         return context, pooled, self.position_embedding((prompt.width, prompt.height), training=False)
 
