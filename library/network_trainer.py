@@ -38,6 +38,7 @@ from library.run_settings import (
 from library.sd3.flow import validation_timesteps
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
+from library.training.hub import HubSettings, HubUploader, fetch_state
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
 from library.training.metadata import FamilyFacts
 from library.training.optimizers import build_optimizer
@@ -65,10 +66,13 @@ class NetworkTrainer(ABC):
     def train(self) -> Path | None:
         """The whole run. Returns the path of the LoRA; None for a dry run."""
         self.start_processes()
+        if self.args.resume_from_huggingface and not self.problems:
+            self.args.resume = str(self.fetch_state())
         self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
         if self.args.dry_run or self.args.debug_dataset:
             self.show_plan()
             return None
+        self.hub = self.start_uploads()
         with self.doing("captions were encoded"):
             self.cache_texts()
         with self.doing("images were encoded"):
@@ -109,6 +113,28 @@ class NetworkTrainer(ABC):
         from accelerate.utils import gather_object
 
         return gather_object(items)
+
+    def fetch_state(self) -> Path:
+        """The state to resume from, downloaded from the Hub by one process of each machine."""
+        folder = Path(self.args.output_dir) / "hub_states"
+        with self.accelerator.local_main_process_first():
+            return fetch_state(self.args.resume, folder, self.args.huggingface_token)
+
+    def start_uploads(self) -> HubUploader | None:
+        """Reach the Hub repository now, if files are to be uploaded to one."""
+        args = self.args
+        if not args.huggingface_repo_id or not self.accelerator.is_main_process:
+            return None
+        return HubUploader(
+            HubSettings(
+                repo_id=args.huggingface_repo_id,
+                repo_type=args.huggingface_repo_type or "model",
+                path_in_repo=args.huggingface_path_in_repo or "",
+                private=args.huggingface_repo_visibility != "public",
+                token=args.huggingface_token,
+                in_background=args.async_upload,
+            )
+        )
 
     def show_plan(self) -> None:
         """What would be trained, without training: `--dry_run` and `--debug_dataset`."""

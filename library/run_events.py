@@ -17,10 +17,11 @@ from library.run_metadata import run_facts, save_facts
 from library.run_metrics import RunMetrics
 from library.run_options import options_that_shape
 from library.run_plan import state_to_resume
+from library.training.contact_sheet import PreviewRecord, write_sheet
 from library.training.loop import StepReport
 from library.training.metadata import FileMetadata
 from library.training.output_names import OutputNames, SaveRhythm, epochs_between_saves
-from library.training.previews import Previewer, moment, write_sheet
+from library.training.previews import Previewer, moment
 from library.training.saving import BackgroundSaver, remove, write_weights
 from library.training.seeds import DrawGenerators
 from library.training.signals import StopSignals
@@ -50,12 +51,13 @@ class RunEvents:
         self.names = OutputNames(Path(args.output_dir), args.output_name, args.save_model_as or "safetensors")
         every = epochs_between_saves(args.save_every_n_epochs, args.save_n_epoch_ratio, trainer.plan.length.epochs)
         self.rhythm = SaveRhythm(every, args.save_every_n_steps)
-        self.columns: list[tuple[str, list[Path]]] = []
+        self.previews: list[PreviewRecord] = []
         self.last_saved_at = time.monotonic()
         self.metadata = FileMetadata(run_facts(trainer, time.time())) if self.main else None
 
     def __enter__(self) -> RunEvents:
         with ExitStack() as stack:
+            self.hub = stack.enter_context(self.trainer.hub) if self.trainer.hub is not None else None
             self.saver = stack.enter_context(BackgroundSaver())
             self.signals = stack.enter_context(StopSignals())
             self.metrics = stack.enter_context(RunMetrics(self.trainer, self.names))
@@ -73,7 +75,7 @@ class RunEvents:
         if state is None and self.args.resume:
             logger.info("--resume auto: there is no state in %s yet; starting anew.", self.names.folder)
         position = self._restore(state) if state else Position()
-        self.metrics.start(position)
+        self.previews = self.metrics.start(position)
         if self.previewer and (self.args.sample_at_first and position.step == 0):
             self.make_previews(position, epoch=None)
         return position
@@ -166,6 +168,7 @@ class RunEvents:
         def write() -> None:
             for target, tensors in files:
                 write_weights(target, tensors, described.with_hashes(metadata, tensors, wait=final))
+                self.upload(target)
             remove([p for p in old or [] if p not in {target for target, _ in files}])
 
         self.saver.submit(write)
@@ -183,15 +186,22 @@ class RunEvents:
             self.saver.flush()
             write_state(folder, snapshot, trainer.accelerator.process_index, trainer.accelerator.wait_for_everyone)
             if self.main:
+                self.upload(folder)
                 remove(old or [])
             return
 
         def write() -> None:
             write_state(folder, snapshot)
             logger.info("Saved state %s", folder)
+            self.upload(folder)
             remove([p for p in old or [] if p != folder])
 
         self.saver.submit(write)
+
+    def upload(self, path: Path) -> None:
+        """Send a saved file, or a state if that is wanted, to the Hub. Called from the saver's thread."""
+        if self.hub is not None and (not path.is_dir() or self.args.save_state_to_huggingface):
+            self.hub.submit(path)
 
     # --- validation and previews -----------------------------------------------------------------------------------
 
@@ -220,13 +230,13 @@ class RunEvents:
             self.trainer.network.set_multiplier(1.0)
             previews = self.previewer.make(moment(position.step, epoch), [self.trainer.network])
             self.trainer.network.set_multiplier(multiplier)
-        self.metrics.previews(position, previews)
-        if self.main and self.trainer.accelerator.num_processes == 1:
-            title = f"step {position.step}" if epoch is None else f"epoch {epoch}"
-            self.columns.append((title, [preview.path for preview in previews]))
-            prompts = [prompt.prompt for prompt in self.previewer.prompts]
-            name = f"{self.args.output_name or 'last'}_contact_sheet.png"
-            write_sheet(self.names.folder / name, self.columns, prompts)
+        own = [PreviewRecord(position.step, epoch, p.index, p.prompt.prompt, p.path) for p in previews]
+        records = sorted(self.trainer.gather(own), key=lambda record: record.index)
+        self.previews += records
+        if self.main:
+            self.metrics.previews(position, records)
+            path, shown = self.names.folder / f"{self.names.name or 'last'}_contact_sheet.png", list(self.previews)
+            self.saver.submit(lambda: write_sheet(path, shown))
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 _DEEPSPEED = "DeepSpeed is not wired in"
-_UPLOAD = "uploads to the Hugging Face Hub are not wired in"
 _PLAN = "the memory plan is not wired in; choose --blocks_to_swap and --gradient_checkpointing yourself"
 _ENCODERS = "encoders are not saved; merge the LoRA into the base model instead"
 
@@ -30,13 +29,5 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "save_clip": _ENCODERS,
         "save_t5xxl": _ENCODERS,
         "dataset_class": "dataset classes of your own are not supported; describe the data with --dataset_config",
-        "resume_from_huggingface": "states are read from local folders alone; download the state and give its folder to --resume",
-        "huggingface_repo_id": _UPLOAD,
-        "huggingface_repo_type": _UPLOAD,
-        "huggingface_path_in_repo": _UPLOAD,
-        "huggingface_token": _UPLOAD,
-        "huggingface_repo_visibility": _UPLOAD,
-        "save_state_to_huggingface": _UPLOAD,
-        "async_upload": _UPLOAD,
     }
 )

@@ -127,7 +127,9 @@ def test_killed_again_and_again_while_it_saves_the_run_still_ends_the_same(works
 
 def test_save_every_n_minutes_counts_minutes(workshop: Workshop, tmp_path: Path, monkeypatch):
     clock = iter(range(0, 10**6, 25))  # every look at the clock is 25 seconds later
-    monkeypatch.setattr("library.run_events.time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time))
+    monkeypatch.setattr(
+        "library.run_events.time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time)
+    )
     assert main(workshop.arguments(tmp_path, UNET, "--save_every_n_minutes", "1", max_train_steps=6)) == 0
     assert 1 <= len(list(tmp_path.glob("lora-step*.safetensors"))) <= 4
 
@@ -195,3 +197,17 @@ def test_secrets_reach_no_file(workshop: Workshop, tmp_path: Path):
     assert not [path for path in files if secret.encode() in path.read_bytes()]
     options = json.loads((tmp_path / "out" / "lora-state" / "train_state.json").read_text(encoding="utf-8"))["options"]
     assert "wandb_api_key" not in options and options["learning_rate"] == 0.001
+
+
+def test_every_saved_file_is_uploaded_and_the_token_stays_out_of_files(workshop: Workshop, tmp_path: Path, hub):
+    more = ("--save_state", "--save_state_to_huggingface", "--async_upload", "--huggingface_token", "hf_verysecret")
+    words = workshop.arguments(tmp_path / "out", UNET, *more, max_train_steps=4, save_every_n_steps=2)
+    assert main([*words, "--huggingface_repo_id", "me/lora", "--huggingface_path_in_repo", "runs"]) == 0
+    sent = set(hub.repos["me/lora"])
+    assert {"runs/lora-step00000002.safetensors", "runs/lora.safetensors", "runs/lora-state/train_state.json"} <= sent
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hf_verysecret" in path.read_bytes()]
+    resumed = workshop.arguments(tmp_path / "resumed", UNET, max_train_steps=4)
+    place = ("--resume", "me/lora/runs/lora-step00000002-state", "--resume_from_huggingface")
+    assert main([*resumed, *place]) == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "resumed"))
