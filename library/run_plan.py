@@ -23,7 +23,14 @@ from library.data.settings import Size
 from library.data.table import table
 from library.data.text_cache import refuse_lost_chance
 from library.options.errors import Problems, UserError
-from library.run_settings import RunLength, flow_settings, loss_settings, run_length, scheduler_settings
+from library.run_settings import (
+    RunLength,
+    flow_settings,
+    loss_settings,
+    run_length,
+    scheduler_settings,
+    tracking_settings,
+)
 from library.sd3.flow import check_flow
 from library.training.loss import check_loss
 from library.training.modelspec import thumbnail_url
@@ -31,6 +38,7 @@ from library.training.optimizers import check_optimizer
 from library.training.prompts import PreviewPrompt, read_prompts
 from library.training.schedulers import check_schedule
 from library.training.state import SavedState, newest_state, open_state
+from library.training.tracking import tracking_problems
 from networks.parameter_groups import LearningRates
 
 logger = logging.getLogger(__name__)
@@ -87,6 +95,7 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
     if rates is not None:
         given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
         problems.found += check_optimizer(args.optimizer_type, args.optimizer_args, given)
+    problems.found += tracking_problems(tracking_settings(args))
     if args.metadata_thumbnail:
         _try(problems, lambda: thumbnail_url(args.metadata_thumbnail))
     if args.output_dir:

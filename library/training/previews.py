@@ -1,4 +1,4 @@
-"""Preview images while training goes on, and a sheet of them: prompts down, steps across.
+"""Preview images while training goes on.
 
 They leave training as they found it: noise comes from a generator of its own, torch's and Python's random states are put
 back, the LoRA's dropout is off while they are made.
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LATENT_CELL = 8
-SHEET_CELL = 256  # pixels of a preview's longer side on the sheet
 Conditioned = Callable[[PreviewPrompt, str], Any]
 """(prompt, text) -> conditioning for `predict`; the text is the prompt's own or its negative."""
 
@@ -148,35 +147,3 @@ def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)
-
-
-def write_sheet(path: Path, columns: Sequence[tuple[str, Sequence[Path]]], prompts: Sequence[str]) -> None:
-    """A picture with a row for each prompt and a column for each moment. columns: (title, a preview for each prompt)."""
-    from PIL import Image, ImageDraw
-
-    shown = [(title, [Image.open(p).convert("RGB") for p in paths]) for title, paths in columns]
-    for _, images in shown:
-        for place, image in enumerate(images):
-            scale = SHEET_CELL / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            images[place] = image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
-    title_height, text_height, gap = 24, 22, 6
-    width = len(shown) * (SHEET_CELL + gap) + gap
-    height = title_height + len(prompts) * (SHEET_CELL + text_height + gap)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (title, images) in enumerate(shown):
-        left = gap + column * (SHEET_CELL + gap)
-        draw.text((left, 6), title, fill="black")
-        for row, image in enumerate(images):
-            top = title_height + row * (SHEET_CELL + text_height + gap)
-            sheet.paste(image, (left + (SHEET_CELL - image.width) // 2, top + text_height))
-    for row, prompt in enumerate(prompts):
-        top = title_height + row * (SHEET_CELL + text_height + gap)
-        draw.text((gap, top + 5), _fitting(prompt, width // 7), fill="black")
-    with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def _fitting(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[: max(1, characters - 1)] + "…"
