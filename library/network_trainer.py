@@ -355,6 +355,10 @@ class NetworkTrainer(ABC):
         """Encode the preview prompts with the encoders that training leaves as they are."""
 
     @abstractmethod
+    def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
+        """Write the text encoders that are to be saved, the LoRA merged in; their paths."""
+
+    @abstractmethod
     def make_previewer(self) -> Previewer | None:
         """The previews that are asked for, or None."""
 

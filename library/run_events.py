@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from library.run_metadata import run_facts, save_facts
 from library.run_metrics import RunMetrics
 from library.run_options import options_that_shape
 from library.run_plan import state_to_resume
+from library.run_settings import given_start
 from library.training.contact_sheet import PreviewRecord, write_sheet
 from library.training.loop import StepReport
 from library.training.metadata import FileMetadata
@@ -74,7 +75,7 @@ class RunEvents:
         state = state_to_resume(self.args)
         if state is None and self.args.resume:
             logger.info("--resume auto: there is no state in %s yet; starting anew.", self.names.folder)
-        position = self._restore(state) if state else Position()
+        position = self._start_given(state, self._restore(state) if state else Position())
         self.previews = self.metrics.start(position)
         if self.previewer and (self.args.sample_at_first and position.step == 0):
             self.make_previews(position, epoch=None)
@@ -87,6 +88,8 @@ class RunEvents:
         self.save_weights(path, position)
         if stopped or self.args.save_state or self.args.save_state_on_train_end:
             self.save_state(self.names.state_step(position.step) if stopped else self.names.state_final(), position)
+        if not stopped and self.main:
+            self.saver.submit(self._save_encoders())
         self.saver.flush()
         if stopped:
             logger.warning("Stopped at step %d. To go on: the same command with --resume auto", position.step)
@@ -139,11 +142,12 @@ class RunEvents:
 
     def save_at_epoch(self, position: Position) -> None:
         args, epoch = self.args, position.epoch
-        old = self.names.old_epochs(epoch, args.save_last_n_epochs) if args.save_last_n_epochs else []
+        every = self.rhythm.every_epochs or 1
+        old = self.names.old_epochs(epoch, every * args.save_last_n_epochs) if args.save_last_n_epochs else []
         self.save_weights(self.names.epoch(epoch), position, old)
         if args.save_state:
             keep = args.save_last_n_epochs_state or args.save_last_n_epochs
-            old_states = self.names.old_epochs(epoch, keep, True) if keep else []
+            old_states = self.names.old_epochs(epoch, every * keep, True) if keep else []
             self.save_state(self.names.state_epoch(epoch), position, old_states)
 
     def save_weights(self, path: Path, position: Position, old: list[Path] | None = None) -> None:
@@ -172,6 +176,19 @@ class RunEvents:
             remove([p for p in old or [] if p not in {target for target, _ in files}])
 
         self.saver.submit(write)
+
+    def _save_encoders(self) -> Callable[[], None]:
+        """What writes the text encoders with the trained LoRA in them, where that is wanted."""
+        trainer = self.trainer
+        with self.evaluation_weights():
+            lora = trainer.network.state_dict_for_saving()
+
+        def write() -> None:
+            for path in trainer.save_encoders(lora, self.names.final().with_suffix("")):
+                logger.info("Saved %s", path)
+                self.upload(path)
+
+        return write
 
     def save_state(self, folder: Path, position: Position, old: list[Path] | None = None) -> None:
         """Hand a snapshot of the whole run to the saver; several processes write together."""
@@ -259,7 +276,8 @@ class RunEvents:
                 f"--resume {state.folder}: options that shape the run have changed: {'; '.join(differences)}. "
                 "Give the old values, or start a new run with --network_weights."
             )
-        if state.position.step >= trainer.plan.length.max_steps:
+        counted_anew = given_start(self.args, trainer.plan.length) is not None
+        if state.position.step >= trainer.plan.length.max_steps and not counted_anew:
             raise UserError(
                 f"--resume {state.folder}: the state is at step {state.position.step}, and the run is to end at "
                 f"{trainer.plan.length.max_steps}. Raise --max_train_steps or --max_train_epochs."
@@ -273,6 +291,18 @@ class RunEvents:
             component.load_state_dict(saved)
         logger.info("Resumed at step %d (epoch %d)", state.position.step, state.position.epoch + 1)
         return state.position
+
+    def _start_given(self, state: SavedState | None, position: Position) -> Position:
+        """Where --initial_step or --initial_epoch say that the run starts; a fresh schedule is brought there."""
+        start = given_start(self.args, self.trainer.plan.length)
+        if start is None:
+            return position
+        if state is None:
+            self.trainer.schedule.advance(start.step)
+        else:
+            logger.warning("The state is at step %d, but --initial_step or --initial_epoch wins.", position.step)
+        logger.info("Starting at step %d (epoch %d)", start.step, start.epoch + 1)
+        return start
 
     def _components(self) -> dict[str, Any]:
         trainer = self.trainer

@@ -19,9 +19,11 @@ from library.data.loader import Batch
 from library.data.settings import Size
 from library.memory.arrange import MemorySettings, arrange
 from library.memory.block_swap import swap_limit
+from library.memory.compile_backend import backend_problems
 from library.memory.quantize import quantise
 from library.network_trainer import NetworkTrainer
 from library.run_settings import checkpoint_settings
+from library.saved_encoders import encoders_to_save, write_encoders
 from library.sd3.checkpoint import ModelFiles, fingerprint, locate_parts
 from library.sd3.conditioning import (
     ContextSizes,
@@ -90,7 +92,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return locate_parts(args.pretrained_model_name_or_path, args.clip_l, args.clip_g, args.t5xxl, args.vae)
 
     def model_problems(self, files: ModelFiles, sizes: list[Size]) -> list[str]:
-        problems = mmdit_problems(files.mmdit)
+        problems = [*mmdit_problems(files.mmdit), *self._device_problems()]
         if files.vae is None:
             problems.append(f"{files.mmdit.path} holds no VAE. Give one with --vae.")
         else:
@@ -107,6 +109,26 @@ class Sd3NetworkTrainer(NetworkTrainer):
                 f"Buckets {', '.join(too_large)} are larger than the model's position table, {table} pixels a side. "
                 "Lower --resolution or --max_bucket_reso."
             )
+        return problems
+
+    def _device_problems(self) -> list[str]:
+        """What --t5xxl_device, --torch_compile and --blocks_to_swap ask for and this machine or build lacks."""
+        args = self.args
+        problems = backend_problems(args.dynamo_backend) if args.torch_compile else []
+        if args.blocks_to_swap == "auto":
+            problems.append("--blocks_to_swap auto can't be used in this version; give a number.")
+        try:
+            place = torch.device(args.t5xxl_device or "cpu")
+            torch.empty(1, device=place).tolist()
+        except (RuntimeError, ValueError, AssertionError, NotImplementedError):  # each backend of torch has its own
+            problems.append(f"--t5xxl_device {args.t5xxl_device}: there is no such device here. cpu always works.")
+        else:
+            elsewhere = place.type != self.device.type or place.index not in (None, self.device.index)
+            if args.t5xxl_device and elsewhere and self.train_t5xxl() and not args.network_train_unet_only:
+                problems.append(
+                    f"--t5xxl_device {args.t5xxl_device} can't be combined with train_t5xxl in --network_args: a trained "
+                    "T5 must be on the training device. Leave one out."
+                )
         return problems
 
     def network_problems(self, files: ModelFiles) -> list[str]:
@@ -185,6 +207,10 @@ class Sd3NetworkTrainer(NetworkTrainer):
             encoding = apply_dropout(encoding, self.dropout, draws.cpu)
         context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
         return context, pooled, self.position_embedding(batch.size, training)
+
+    def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
+        names = encoders_to_save(self.args.save_clip, self.args.save_t5xxl)
+        return write_encoders(self.plan.files, names, lora, stem.parent, stem.name) if names else []
 
     # --- images ----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 _DEEPSPEED = "DeepSpeed is not wired in"
 _PLAN = "the memory plan is not wired in; choose --blocks_to_swap and --gradient_checkpointing yourself"
-_ENCODERS = "encoders are not saved; merge the LoRA into the base model instead"
 
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {
@@ -26,8 +25,5 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "memory_plan": _PLAN,
         "vram": _PLAN,
         "save_format": "files are written in kohya's layout alone",
-        "save_clip": _ENCODERS,
-        "save_t5xxl": _ENCODERS,
-        "dataset_class": "dataset classes of your own are not supported; describe the data with --dataset_config",
     }
 )
