@@ -29,6 +29,7 @@ from library.run_settings import (
     loss_settings,
     run_length,
     scheduler_settings,
+    start_problems,
     tracking_settings,
 )
 from library.sd3.flow import check_flow
@@ -105,6 +106,11 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
     if index is not None:
         for warning in index.warnings:
             logger.warning(warning)
+        subsets = [subset for dataset in index.training for subset in dataset.settings.subsets]
+        if args.masked_loss and not any(subset.alpha_mask or subset.style == "mask" for subset in subsets):
+            logger.warning(
+                "--masked_loss changes nothing: no subset has masks. Give conditioning_data_dir, or alpha_mask for alpha channels."
+            )
         if args.cache_text_encoder_outputs:
             _try(problems, lambda: refuse_lost_chance(index.training, args.text_cache_variants))
         sizes = sorted({size for dataset in [*index.training, *index.validation] for size in dataset.buckets})
@@ -113,6 +119,7 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
     plan = None
     if index is not None and rates is not None:
         plan = _plan(args, files, index, rates, prompts or [], seed, world_size)
+        problems.found += start_problems(args, plan.length)
         schedule = scheduler_settings(args, plan.length.max_steps)
         problems.found += check_schedule(schedule, args.learning_rate, args.optimizer_type, args.optimizer_args)
     problems.raise_if_any()

@@ -12,6 +12,7 @@ from library.options.table import OPTIONS
 from library.sd3.flow import FlowSettings
 from library.training.loss import LossSettings
 from library.training.schedulers import SchedulerSettings
+from library.training.state import Position
 from library.training.tracking import TrackingSettings, chosen_trackers, log_folder
 
 
@@ -78,6 +79,32 @@ def run_length(
     steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
     max_steps = max_train_epochs * steps_per_epoch if max_train_epochs else max_train_steps
     return RunLength(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))
+
+
+def given_start(args: argparse.Namespace, length: RunLength) -> Position | None:
+    """Where --initial_step or --initial_epoch (counted from 1) put the first step; None where neither is given.
+
+    The epoch that the step lies in begins with its first batch, or with --skip_until_initial_step at that step's own.
+    """
+    if args.initial_step is None and args.initial_epoch is None:
+        return None
+    first_of_epoch = ((args.initial_epoch or 1) - 1) * length.steps_per_epoch
+    step = first_of_epoch if args.initial_step is None else args.initial_step
+    epoch, steps_in_epoch = divmod(step, length.steps_per_epoch)
+    batch = steps_in_epoch * args.gradient_accumulation_steps if args.skip_until_initial_step else 0
+    return Position(epoch, batch, step)
+
+
+def start_problems(args: argparse.Namespace, length: RunLength) -> list[str]:
+    """A start that lies at the end or beyond it."""
+    start = given_start(args, length)
+    if start is None or start.step < length.max_steps:
+        return []
+    name = "initial_epoch" if args.initial_step is None else "initial_step"
+    return [
+        f"--{name} {getattr(args, name)} starts at step {start.step}, but the run ends at step {length.max_steps}. "
+        "Lower it, or raise --max_train_steps or --max_train_epochs."
+    ]
 
 
 def memory_advice(args: argparse.Namespace) -> list[str]:

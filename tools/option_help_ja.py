@@ -65,7 +65,6 @@ HELP = {
     "prior_loss_weight": "正則化画像の損失の重み。",
     "cache_info": "画像・サイズ・キャプションの一覧を各フォルダに保存し、次回の起動を速くします。変更されたファイルは読み直します。",
     "skip_bad_images": "読めない画像があっても止まらず、警告して除外します。",
-    "dataset_class": "自作データセットクラスのインポートパス。",
     "max_data_loader_n_workers": "画像を先読みするプロセス数。CPUコア数を超えません。",
     "persistent_data_loader_workers": "そのプロセスをエポック間で保持します。エポックの開始は速くなりますが、メモリも保持されます。",
     # キャプション
@@ -253,8 +252,6 @@ HELP = {
     "async_upload": "学習を続けながらアップロードします。最後のファイルだけは待ちます。",
     # 複数デバイス
     "ddp_timeout": "プロセス同士が待つ最大の分数。未指定ならPyTorchの既定値。",
-    "ddp_gradient_as_bucket_view": "勾配を通信バッファの一部として持ち、メモリを節約します。",
-    "ddp_static_graph": "毎ステップ同じ層を使うとPyTorchに伝え、時間を節約します。",
     "deepspeed": "DeepSpeedで学習します。",
     "zero_stage": "DeepSpeedのZeROステージ。",
     "offload_optimizer_device": "DeepSpeedがオプティマイザの状態を置く場所。",
@@ -269,6 +266,8 @@ HELP = {
     "clip_skip": "SD3は常にCLIPの最後から2番目の層を使います。",
     "max_token_length": "SD3のCLIPは常に77トークンです。T5は`--t5xxl_max_token_length`で指定します。",
     "sdpa": "Attentionは常にPyTorchのSDPAで計算されます。",
+    "ddp_gradient_as_bucket_view": "LoRAの勾配は小さく、DistributedDataParallelを使わず一度の通信で平均します。",
+    "ddp_static_graph": "LoRAの勾配は小さく、DistributedDataParallelを使わず一度の通信で平均します。",
     "xformers": "Attentionは常にPyTorchのSDPAで計算されます。",
     "mem_eff_attn": "Attentionは常にPyTorchのSDPAで計算されます。",
     "noise_offset": "SD3のフローマッチングは通常のノイズで学習します。",
@@ -287,4 +286,5 @@ HELP = {
     "v_parameterization": "SD3はフローの速度を予測します。別の目標で学習したLoRAは合いません。外してください。",
     "weighted_captions": "SD3の3つのText Encoderには(word:1.2)のような重みの共通の意味がありません。括弧を外してください。",
     "fused_backward_pass": "全体のファインチューニングでのみ節約になります。`--gradient_checkpointing`か`--blocks_to_swap`を使います。",
+    "dataset_class": "自作データセットクラス。バケット・キャッシュ・正確な再開が保証できないため使えません。データは`--dataset_config`で記述します。",
 }

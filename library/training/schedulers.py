@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -56,6 +57,15 @@ class Schedule:
         """After every optimiser step."""
         if self.scheduler is not None and not self.watches_loss:
             self.scheduler.step()
+
+    def advance(self, steps: int) -> None:
+        """Bring a fresh schedule to where it would be after so many optimiser steps."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Detected call of `lr_scheduler.step"
+            )  # there is no optimiser step to wait for
+            for _ in range(steps):
+                self.step()
 
     def observe(self, loss: float) -> None:
         """After every validation, or without one after every epoch, with the average loss: the unit of `patience`."""

@@ -26,6 +26,8 @@ WIDER_TYPES = {"blocks_to_swap": int_or_auto}
 PATH_AS_TEXT = {"dataset_config"}
 
 NO_EFFECT = {
+    "ddp_gradient_as_bucket_view",
+    "ddp_static_graph",
     "v2",
     "max_token_length",
     "mem_eff_attn",
@@ -45,7 +47,7 @@ NO_EFFECT = {
     "v_pred_like_loss",
     "debiased_estimation_loss",
 }
-REFUSED = {"weighted_captions", "fused_backward_pass", "v_parameterization"}
+REFUSED = {"weighted_captions", "fused_backward_pass", "v_parameterization", "dataset_class"}
 NEW = {
     "timestep_sampling",
     "loss_weighting",

@@ -77,7 +77,6 @@ GROUP = Group(
             "--skip_bad_images",
             "Leave out images that can't be read, with a warning, instead of stopping before training.",
         ),
-        Option("--dataset_class", "A dataset class of your own, as a dotted import path."),
         Option(
             "--max_data_loader_n_workers",
             "How many processes read images ahead; never more than the machine has cores.",

@@ -12,11 +12,6 @@ GROUP = Group(
             "How many minutes processes wait for each other before they give up. Unset, it is PyTorch's default.",
             int,
         ),
-        switch(
-            "--ddp_gradient_as_bucket_view",
-            "Let gradients be views of the buffer that is sent between processes, which saves memory.",
-        ),
-        switch("--ddp_static_graph", "Tell PyTorch that every step uses the same layers, which saves time."),
         switch("--deepspeed", "Train with DeepSpeed."),
         Option("--zero_stage", "DeepSpeed's ZeRO stage: what is shared out over the devices.", int, 2, (0, 1, 2, 3)),
         Option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.options.option import Group, Kind, switch
+from library.options.option import Group, Kind, Option, switch
 
 GROUP = Group(
     "Refused",
@@ -24,6 +24,12 @@ GROUP = Group(
             "Step each parameter during the backward pass.",
             Kind.REFUSED,
             "it saves memory for full fine-tuning alone: a LoRA's gradients are small; use --gradient_checkpointing or --blocks_to_swap",
+        ),
+        Option(
+            "--dataset_class",
+            "A dataset class of your own, as a dotted import path.",
+            kind=Kind.REFUSED,
+            reason="buckets, caches and exact resuming rest on the data that --dataset_config describes, and a class of unknown behaviour could keep none of them; write a dataset file",
         ),
     ),
 )

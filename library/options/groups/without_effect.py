@@ -7,6 +7,7 @@ from library.options.option import Group, Kind, Option, finite, switch
 OLDER_MODEL = "it belongs to Stable Diffusion 1 and 2"
 NOISE = "Stable Diffusion 3 is trained by flow matching, whose noise is plain"
 SNR = "it weighs the loss of models that predict noise; see --weighting_scheme and --loss_weighting"
+DDP = "processes average a LoRA's few gradients in one message of their own, without PyTorch's DistributedDataParallel"
 SDPA = "attention is always PyTorch's scaled_dot_product_attention, with its fastest kernel for the device"
 
 
@@ -59,5 +60,7 @@ GROUP = Group(
         _switch("--scale_v_pred_loss_like_noise_pred", "Scale the v-prediction loss.", SNR),
         _number("--v_pred_like_loss", "Add a loss like that of v-prediction.", SNR),
         _switch("--debiased_estimation_loss", "Weigh the loss by the debiased estimation.", SNR),
+        _switch("--ddp_gradient_as_bucket_view", "Let gradients be views of the buffers that processes exchange.", DDP),
+        _switch("--ddp_static_graph", "Tell PyTorch that every step uses the same layers.", DDP),
     ),
 )
