@@ -46,7 +46,7 @@ class OutputNames:
 
     def _numbered(self, number: str, default: str, states: bool) -> list[tuple[int, Path]]:
         name = re.escape(self.name or default)
-        end = "-state" if states else rf"\.{self.extension}"
+        end = "-state" if states else rf"(?:-ema)?(?:-diffusers)?\.{self.extension}"
         pattern = re.compile(name + number + end)
         found = []
         for path in self.folder.iterdir() if self.folder.is_dir() else []:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from torch import Tensor, nn
 from library.files import atomic_write
 from library.sd3.sampling import Velocity, guided, preview_sigmas, sample
 from library.training.prompts import PreviewPrompt
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 LATENT_CELL = 8
@@ -46,7 +43,6 @@ class Preview:
     index: int
     prompt: PreviewPrompt
     path: Path
-    image: Image
 
 
 class Previewer:
@@ -89,7 +85,7 @@ class Previewer:
         with atomic_write(path) as temporary:
             image.save(temporary, format="PNG", pnginfo=info)
         logger.info("Preview: %s", path)
-        return Preview(index, prompt, path, image)
+        return Preview(index, prompt, path)
 
     def _latents(self, prompt: PreviewPrompt, seed: int) -> Tensor:
         """Noise is drawn on the CPU, so that a seed means the same picture on every device."""

@@ -45,10 +45,9 @@ class Progress:
         """title 12/100 (12 %), 0.85 s each, 1:15 left, loss=0.123"""
         done = self.count - self.first
         each = (time.monotonic() - self.started) / max(1, done)
-        minutes, seconds = divmod(round(each * (self.total - self.count)), 60)
         shown = "".join(f", {name}={value}" for name, value in self.values.items())
         share = 100 * self.count // max(1, self.total)
-        return f"{self.title} {self.count}/{self.total} ({share} %), {each:.2f} s each, {minutes}:{seconds:02d} left{shown}"
+        return f"{self.title} {self.count}/{self.total} ({share} %), {each:.2f} s each, {clock(each * (self.total - self.count))} left{shown}"
 
     def close(self) -> None:
         if self.bar is not None:
@@ -56,6 +55,13 @@ class Progress:
 
     def _line_is_due(self) -> bool:
         return time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:01:05"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def progress_bar(items: Sequence[T] | Iterable[T], title: str, shown: bool = True) -> Iterator[T]:

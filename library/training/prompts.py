@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ else:
 logger = logging.getLogger(__name__)
 SIDE_MULTIPLE = 16
 SMALLEST_SIDE = 64
+LARGEST_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class PreviewPrompt:
 
 
 # option of a line -> long names in dictionaries, field, type
-_KEYS: dict[str, tuple[tuple[str, ...], str, Callable[[Any], Any]]] = {
+_KEYS: dict[str, tuple[tuple[str, ...], str, type]] = {
     "w": (("width",), "width", int),
     "h": (("height",), "height", int),
     "d": (("seed",), "seed", int),
@@ -88,59 +90,67 @@ def read_prompts(path: str | Path) -> list[PreviewPrompt]:
 
 def _from_lines(text: str, where: str, problems: Problems, unsupported: dict[str, str]) -> list[PreviewPrompt]:
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        place = f"{where}, line {number}"
-        prompt, *options = re.split(r"(?:^|\s)--(?=[a-z]+(?:\s|$))", line)
-        given: dict[str, Any] = {}
-        for option in options:
-            key, _, value = str(option).strip().partition(" ")
-            _take(given, key, value.strip(), f"--{key}", place, problems, unsupported)
-        prompts.append(_made({"prompt": prompt.strip(), **given}, place, problems))
+        if line and not line.startswith("#"):
+            prompts.append(_from_line(line, f"{where}, line {number}", problems, unsupported))
     return [prompt for prompt in prompts if prompt is not None]
+
+
+def _from_line(line: str, place: str, problems: Problems, unsupported: dict[str, str]) -> PreviewPrompt | None:
+    prompt, *options = re.split(r"(?:^|\s)--(?=[a-z]+(?:\s|$))", line)
+    given: dict[str, Any] = {"prompt": prompt.strip()}
+    for option in options:
+        key, _, value = str(option).strip().partition(" ")
+        _take(given, key, value.strip(), f"--{key}", place, problems, unsupported)
+    return _made(given, place, problems)
 
 
 def _from_toml(text: str, where: str, problems: Problems, unsupported: dict[str, str]) -> list[PreviewPrompt]:
     table = tomllib.loads(text).get("prompt")
-    if not isinstance(table, dict):
+    defaults = table if isinstance(table, dict) else {"subset": None}
+    subsets = defaults.pop("subset", [{}])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
         raise UserError(f"--sample_prompts {where}: it needs a table [prompt] with [[prompt.subset]] tables in it.")
-    subsets = table.pop("subset", [{}])
-    return _from_dictionaries([{**table, **subset} for subset in subsets], where, problems, unsupported)
+    return _from_entries([{**defaults, **subset} for subset in subsets], where, problems, unsupported)
 
 
 def _from_json(text: str, where: str, problems: Problems, unsupported: dict[str, str]) -> list[PreviewPrompt]:
     data = json.loads(text)
     if not isinstance(data, list):
         raise UserError(f"--sample_prompts {where}: it must hold a list of prompts.")
-    prompts = []
-    for number, entry in enumerate(data, 1):
-        if isinstance(entry, str):
-            line = " ".join(entry.split())
-            prompts += _from_lines(line, f"{where}, prompt {number}", problems, unsupported)
-        else:
-            prompts += _from_dictionaries([entry], where, problems, unsupported, first=number)
-    return prompts
+    return _from_entries(data, where, problems, unsupported)
 
 
-def _from_dictionaries(
-    entries: list[Any], where: str, problems: Problems, unsupported: dict[str, str], first: int = 1
+def _from_entries(
+    entries: list[Any], where: str, problems: Problems, unsupported: dict[str, str]
 ) -> list[PreviewPrompt]:
+    """Each entry is a line as in a .txt file, or a dictionary."""
     prompts = []
-    for number, entry in enumerate(entries, first):
+    for number, entry in enumerate(entries, 1):
         place = f"{where}, prompt {number}"
-        if not isinstance(entry, dict):
+        if isinstance(entry, str):
+            prompts.append(_from_line(" ".join(entry.split()), place, problems, unsupported))
+        elif isinstance(entry, dict):
+            prompts.append(_from_dictionary(entry, place, problems, unsupported))
+        else:
             problems.add(f"{place}: it must be a text or a table.")
-            continue
-        given: dict[str, Any] = {}
-        for name, value in entry.items():
-            if name == "prompt":
-                given["prompt"] = str(value)
-            else:
-                _take(given, _LONG.get(str(name), str(name)), value, str(name), place, problems, unsupported)
-        prompts.append(_made(given, place, problems))
     return [prompt for prompt in prompts if prompt is not None]
+
+
+def _from_dictionary(
+    entry: dict[str, Any], place: str, problems: Problems, unsupported: dict[str, str]
+) -> PreviewPrompt | None:
+    given: dict[str, Any] = {}
+    for name, value in entry.items():
+        if name != "prompt":
+            _take(given, _LONG.get(str(name), str(name)), value, str(name), place, problems, unsupported)
+        elif isinstance(value, str):
+            given["prompt"] = value
+        else:
+            problems.add(f"{place}: prompt must be a text, not {value!r}.")
+            return None
+    return _made(given, place, problems)
 
 
 def _take(
@@ -152,17 +162,34 @@ def _take(
     problems: Problems,
     unsupported: dict[str, str],
 ) -> None:
+    """Read one option into `given`. A null in a JSON file means not given."""
     if key in _NOT_FOR_SD3:
         unsupported[shown] = _NOT_FOR_SD3[key]
-        return
-    if key not in _KEYS:
-        problems.add(f"{place}: {shown} is not known. Known are {', '.join('--' + k for k in _KEYS)}.")
-        return
-    _, field, kind = _KEYS[key]
-    try:
-        given[field] = kind(value)
-    except (TypeError, ValueError):
-        problems.add(f"{place}: {shown} needs a {'whole number' if kind is int else 'number'}, not {value!r}.")
+    elif key not in _KEYS:
+        known = [f"--{short}" for short in _KEYS] if shown.startswith("--") else ["prompt", *_LONG]
+        problems.add(f"{place}: {shown} is not known. Known are {', '.join(known)}.")
+    elif value is not None:
+        _, field, kind = _KEYS[key]
+        try:
+            given[field] = _NUMBERS[kind](value) if kind in _NUMBERS else str(value)
+        except (TypeError, ValueError, OverflowError):
+            problems.add(f"{place}: {shown} needs a {'whole number' if kind is int else 'number'}, not {value!r}.")
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+_NUMBERS: dict[type, Callable[[Any], Any]] = {int: _whole, float: _finite}
 
 
 def _made(given: dict[str, Any], place: str, problems: Problems) -> PreviewPrompt | None:
@@ -175,6 +202,12 @@ def _made(given: dict[str, Any], place: str, problems: Problems) -> PreviewPromp
             problems.add(f"{place}: sampler {given['sampler']!r} is not one of {', '.join(SAMPLERS)}.")
         given["sampler"] = sampler
     prompt = PreviewPrompt(**given)
+    if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
+        problems.add(f"{place}: the seed {prompt.seed} must be 0 or more, and below 2^64.")
+    if prompt.shift <= 0:
+        problems.add(f"{place}: the shift {prompt.shift:g} must be above 0.")
+    if max(prompt.width, prompt.height) > LARGEST_SIDE:
+        problems.add(f"{place}: {prompt.width}x{prompt.height} is too large; {LARGEST_SIDE} pixels a side is the most.")
     return replace(
         prompt,
         width=_side(prompt.width),

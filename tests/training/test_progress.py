@@ -1,0 +1,74 @@
+"""Progress where there is no terminal: a line every so often, for logs and people."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+
+from library.training import progress
+from library.training.progress import Progress, clock, progress_bar
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(progress, "time", found)
+    return found
+
+
+def test_lines_come_every_30_seconds_and_at_the_end(time: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    shown = Progress(100, "Training")
+    for _ in range(100):
+        time.now += 1.0
+        shown.advance()
+    shown.close()
+    counts = [int(re.match(r"Training (\d+)/100", record.getMessage()).group(1)) for record in caplog.records]  # type: ignore[union-attr]
+    assert counts == [31, 62, 93, 100]
+
+
+def test_a_line_tells_rate_time_left_and_values(time: Clock) -> None:
+    shown = Progress(200, "Training", start=100)
+    time.now = 20.0
+    shown.count = 110
+    shown.note(avr_loss="0.1234")
+    assert shown.line() == "Training 110/200 (55 %), 2.00 s each, 3:00 left, avr_loss=0.1234"
+
+
+def test_there_are_no_control_characters_without_a_terminal(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert list(progress_bar(range(50), "Caching")) == list(range(50))
+    shown = capsys.readouterr()
+    text = shown.out + shown.err + "".join(record.getMessage() for record in caplog.records)
+    assert "Caching 50/50" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\x1b]", text)
+
+
+def test_other_processes_show_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert list(progress_bar([1], "Caching", shown=False)) == [1]
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65, "1:05"), (3600, "1:00:00"), (7265, "2:01:05")])
+def test_times(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_nothing_to_do_is_no_division_by_zero() -> None:
+    assert list(progress_bar([], "Caching")) == []
+    assert "0/0" in Progress(0, "Training").line()
