@@ -109,6 +109,8 @@ def dataset_tables(command_line: CommandLineData) -> dict[str, Any]:
     """
     if not command_line.train_data_dir and not command_line.in_json:
         raise UserError("No dataset is given: pass --dataset_config, or --train_data_dir with subfolders like 10_name.")
+    if command_line.conditioning_data_dir and (command_line.in_json or not command_line.masked_loss):
+        logger.warning("--conditioning_data_dir has no effect without --masked_loss, nor with --in_json")
     if command_line.in_json:
         subset: dict[str, Any] = {"metadata_file": command_line.in_json}
         if command_line.train_data_dir:

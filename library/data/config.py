@@ -59,7 +59,7 @@ def _command_line_values(command_line: CommandLineData, problems: Problems) -> V
 
 
 def _warn_of_ignored(command_line: CommandLineData) -> None:
-    names = ("train_data_dir", "reg_data_dir", "in_json")
+    names = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
     ignored = [f"--{name}" for name in names if getattr(command_line, name)]
     if ignored:
         logger.warning("--dataset_config is given, so %s is ignored", " and ".join(ignored))

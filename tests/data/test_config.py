@@ -437,8 +437,8 @@ def test_a_split_outside_its_range_holds_nothing_out(
 def test_data_options_beside_a_file_are_said_to_be_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir='a'"
     with caplog.at_level(logging.WARNING):
-        read(tmp_path, text, CommandLineData(train_data_dir="x", in_json="y"))
-    assert "--train_data_dir and --in_json" in caplog.text
+        read(tmp_path, text, CommandLineData(train_data_dir="x", in_json="y", conditioning_data_dir="z"))
+    assert "--train_data_dir and --in_json and --conditioning_data_dir" in caplog.text
 
 
 # --- masks ---
@@ -529,6 +529,13 @@ def test_masks_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "masks/1_b").mkdir()
     (dataset,) = read_datasets(None, options)
     assert [one.conditioning_data_dir for one in dataset.subsets] == [tmp_path / "masks/1_a", tmp_path / "masks/1_b"]
+
+
+def test_masks_without_masked_loss_are_said_to_have_no_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "1_a").mkdir()
+    options = CommandLineData(train_data_dir=str(tmp_path), conditioning_data_dir="masks", resolution="64")
+    assert read_datasets(None, options)[0].subsets[0].style == "folder"
+    assert "--conditioning_data_dir has no effect" in caplog.text
 
 
 def test_no_data_at_all_is_said() -> None:
