@@ -104,13 +104,10 @@ def dataset_tables(command_line: CommandLineData) -> dict[str, Any]:
     """The command line's datasets as the tables of a dataset file: `--in_json`, or the `10_name` folders of `--train_data_dir`.
 
     Each folder becomes a subset with its number as num_repeats and its name as class_tokens; folders of `--reg_data_dir` are
-    regularisation. With `--masked_loss` and `--conditioning_data_dir` the masks of `10_name` are in that folder's `10_name`, or in
-    the folder itself where there is one subset only. Raises UserError where nothing can be found.
+    regularisation. Raises UserError where nothing can be found.
     """
     if not command_line.train_data_dir and not command_line.in_json:
         raise UserError("No dataset is given: pass --dataset_config, or --train_data_dir with subfolders like 10_name.")
-    if command_line.conditioning_data_dir and (command_line.in_json or not command_line.masked_loss):
-        logger.warning("--conditioning_data_dir has no effect without --masked_loss, nor with --in_json")
     if command_line.in_json:
         subset: dict[str, Any] = {"metadata_file": command_line.in_json}
         if command_line.train_data_dir:
@@ -118,9 +115,9 @@ def dataset_tables(command_line: CommandLineData) -> dict[str, Any]:
         return {"datasets": [{"subsets": [subset]}]}
     problems = Problems()
     subsets = _numbered_folders(command_line.train_data_dir, "--train_data_dir", problems)
-    if command_line.masked_loss and command_line.conditioning_data_dir:
-        _add_masks(subsets, Path(command_line.conditioning_data_dir), problems)
-    if command_line.reg_data_dir:
+    if command_line.reg_data_dir and command_line.masked_loss and command_line.conditioning_data_dir:
+        problems.add("--reg_data_dir can't be used with --conditioning_data_dir: regularisation images have no masks.")
+    elif command_line.reg_data_dir:
         regularisation = _numbered_folders(command_line.reg_data_dir, "--reg_data_dir", problems)
         subsets += [{**subset, "is_reg": True} for subset in regularisation]
     problems.raise_if_any()
@@ -153,11 +150,7 @@ def _numbered_folders(parent: str | None, option: str, problems: Problems) -> li
     return subsets
 
 
-def _add_masks(subsets: list[dict[str, Any]], masks: Path, problems: Problems) -> None:
-    for subset in subsets:
-        own = masks / Path(subset["image_dir"]).name
-        if not own.is_dir() and len(subsets) > 1:
-            problems.add(
-                f"--conditioning_data_dir: {masks} has no folder {own.name} with the masks of {subset['image_dir']}."
-            )
-        subset["conditioning_data_dir"] = str(own if own.is_dir() else masks)
+def mask_folder(masks: str, image_dir: object) -> str:
+    """Where the masks of `image_dir` are: in the folder of its name within `masks`, or else in `masks` itself."""
+    own = Path(masks) / Path(str(image_dir)).name
+    return str(own) if own.is_dir() else masks

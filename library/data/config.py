@@ -15,7 +15,7 @@ from typing import Any
 
 from library.data import schema
 from library.data.buckets import bucket_limits, check_sides
-from library.data.command_line import CommandLineData, dataset_keys, dataset_tables
+from library.data.command_line import CommandLineData, dataset_keys, dataset_tables, mask_folder
 from library.data.config_file import Place, Source, read_source
 from library.data.headers import EXTENSIONS, OPTIONAL_EXTENSIONS
 from library.data.settings import CaptionSettings, DatasetSettings, SubsetSettings
@@ -59,7 +59,7 @@ def _command_line_values(command_line: CommandLineData, problems: Problems) -> V
 
 
 def _warn_of_ignored(command_line: CommandLineData) -> None:
-    names = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+    names = ("train_data_dir", "reg_data_dir", "in_json")
     ignored = [f"--{name}" for name in names if getattr(command_line, name)]
     if ignored:
         logger.warning("--dataset_config is given, so %s is ignored", " and ".join(ignored))
@@ -90,6 +90,7 @@ class _Reader:
     def _dataset(self, number: int, table: Values, general: Values) -> DatasetSettings | None:
         place = ("datasets", str(number))
         subset_tables = self._tables(table.get("subsets"), place, "subsets", "[[datasets.subsets]]")
+        subset_tables = self._with_masks(subset_tables, place)
         style = self._style(subset_tables, place)
         own = {key: value for key, value in table.items() if key != "subsets"}
         dataset = self._checked(schema.DATASET_TABLES[style], own, place)
@@ -167,6 +168,16 @@ class _Reader:
             captions=CaptionSettings(**{key: values[key] for key in _CAPTION_KEYS if key in values}),
             **chosen,
         )
+
+    def _with_masks(self, subsets: list[Values], place: Place) -> list[Values]:
+        """The subsets' tables with the masks of `--conditioning_data_dir`, where they have none of their own."""
+        masks = self.command_line.conditioning_data_dir
+        if not masks or not self.command_line.masked_loss:
+            return subsets
+        if any(table.get("metadata_file") is not None for table in subsets):
+            logger.warning("%s: --conditioning_data_dir has no effect on metadata files", self.source.where(place))
+            return subsets
+        return [{"conditioning_data_dir": mask_folder(masks, table.get("image_dir")), **table} for table in subsets]
 
     def _style(self, subsets: list[Values], place: Place) -> str:
         """ "metadata", "mask" or "folder", the same for all subsets of a dataset."""

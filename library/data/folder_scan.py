@@ -147,8 +147,9 @@ def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None
         stem = stem_of(name)
         if stem in masks:
             problem(f"there are two masks of one stem in {listing.folder}: {masks[stem]} and {name}")
-        elif stem not in expected:
-            problem(f"the mask {os.path.join(listing.folder, name)} belongs to no image")
+        else:
+            kind = scan.masks_wanted if stem in expected else scan.masks_left_over
+            kind.add(os.path.join(listing.folder, name))
         masks.setdefault(stem, name)
     for found in scan.images:
         mask = masks.get(stem_of(found.path))

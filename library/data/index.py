@@ -34,12 +34,16 @@ class _Findings:
 
     bad: dict[str, str] = field(default_factory=dict)  # path -> reason
     links: set[str] = field(default_factory=set)  # paths of images that are symbolic links
+    masks_wanted: set[str] = field(default_factory=set)
+    masks_left_over: set[str] = field(default_factory=set)
     problems: dict[str, None] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
 
     def take(self, scan: Scan) -> None:
         self.bad.update(scan.bad)
         self.links.update(scan.links)
+        self.masks_wanted.update(scan.masks_wanted)
+        self.masks_left_over.update(scan.masks_left_over)
         self.problems.update(dict.fromkeys(scan.problems))
         self.warnings.update(dict.fromkeys(scan.warnings))
 
@@ -73,6 +77,8 @@ def _build(datasets: Sequence[DatasetSettings], options: ScanOptions, skip_bad_i
     scans: dict[tuple[object, ...], Scan] = {}
     records = [_records(settings, options, scans, findings) for settings in datasets]
     scans.clear()
+    for mask in sorted(findings.masks_left_over - findings.masks_wanted):  # several subsets may share a folder of masks
+        findings.problems[f"The mask {mask} belongs to no image."] = None
     held = [_held_out(*pair, seed, findings) for pair in zip(datasets, records, strict=True)]
     kept = _kept(datasets, records, held, findings)
     training = [_training(settings, found) for settings, found in zip(datasets, kept, strict=True)]

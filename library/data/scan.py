@@ -37,6 +37,8 @@ class Scan:
     images: list[Found] = field(default_factory=list)
     links: list[str] = field(default_factory=list)  # paths of images that are symbolic links
     bad: list[tuple[str, str]] = field(default_factory=list)  # path, reason; such an image isn't in `images`
+    masks_wanted: set[str] = field(default_factory=set)  # paths
+    masks_left_over: set[str] = field(default_factory=set)  # paths of masks that none of these images wants
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

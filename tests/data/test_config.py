@@ -437,8 +437,8 @@ def test_a_split_outside_its_range_holds_nothing_out(
 def test_data_options_beside_a_file_are_said_to_be_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir='a'"
     with caplog.at_level(logging.WARNING):
-        read(tmp_path, text, CommandLineData(train_data_dir="x", in_json="y", conditioning_data_dir="z"))
-    assert "--train_data_dir and --in_json and --conditioning_data_dir" in caplog.text
+        read(tmp_path, text, CommandLineData(train_data_dir="x", in_json="y"))
+    assert "--train_data_dir and --in_json" in caplog.text
 
 
 # --- masks ---
@@ -515,27 +515,25 @@ def test_a_metadata_file_on_the_command_line(tmp_path: Path) -> None:
     assert subset.num_repeats == 4
 
 
-def test_masks_on_the_command_line(tmp_path: Path) -> None:
+def test_masks_on_the_command_line_are_the_fallback_of_every_subset(tmp_path: Path) -> None:
     for name in ["train/1_a", "train/1_b", "masks/1_a"]:
         (tmp_path / name).mkdir(parents=True)
-    options = CommandLineData(
-        train_data_dir=str(tmp_path / "train"),
-        conditioning_data_dir=str(tmp_path / "masks"),
-        masked_loss=True,
-        resolution="64",
-    )
-    with pytest.raises(UserError, match="no folder 1_b"):
-        read_datasets(None, options)
-    (tmp_path / "masks/1_b").mkdir()
-    (dataset,) = read_datasets(None, options)
-    assert [one.conditioning_data_dir for one in dataset.subsets] == [tmp_path / "masks/1_a", tmp_path / "masks/1_b"]
+    masks = {"conditioning_data_dir": str(tmp_path / "masks"), "masked_loss": True, "resolution": "64"}
+    (dataset,) = read_datasets(None, CommandLineData(train_data_dir=str(tmp_path / "train"), **masks))
+    assert [one.conditioning_data_dir for one in dataset.subsets] == [tmp_path / "masks/1_a", tmp_path / "masks"]
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='1_a'\n[[datasets.subsets]]\nimage_dir='x'\nconditioning_data_dir='own'"
+    (dataset,) = read(tmp_path, text, CommandLineData(**masks))
+    assert [one.conditioning_data_dir for one in dataset.subsets] == [tmp_path / "masks/1_a", Path("own")]
 
 
-def test_masks_without_masked_loss_are_said_to_have_no_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_masks_exclude_regularisation_and_pass_over_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "1_a").mkdir()
-    options = CommandLineData(train_data_dir=str(tmp_path), conditioning_data_dir="masks", resolution="64")
-    assert read_datasets(None, options)[0].subsets[0].style == "folder"
-    assert "--conditioning_data_dir has no effect" in caplog.text
+    masks = {"conditioning_data_dir": "masks", "masked_loss": True, "resolution": "64"}
+    with pytest.raises(UserError, match="--reg_data_dir can't be used"):
+        read_datasets(None, CommandLineData(train_data_dir=str(tmp_path), reg_data_dir=str(tmp_path), **masks))
+    (dataset,) = read_datasets(None, CommandLineData(in_json="m.json", **masks))
+    assert dataset.subsets[0].style == "metadata"
+    assert "no effect on metadata" in caplog.text
 
 
 def test_no_data_at_all_is_said() -> None:

@@ -332,6 +332,18 @@ def test_missing_extra_double_and_wrongly_sized_masks_are_all_named(tmp_path: Pa
     assert len(found) == 5
 
 
+def test_subsets_may_share_a_folder_of_masks(tmp_path: Path) -> None:
+    for name in ["a", "b"]:
+        image(tmp_path / name / f"{name}.png", caption="x")
+        image(tmp_path / "masks" / f"{name}.png")
+    shared = [subset(tmp_path / name, conditioning_data_dir=tmp_path / "masks") for name in ["a", "b"]]
+    records = build_index([dataset(*shared)]).training[0].records
+    assert [record.mask_path for record in records] == [str(tmp_path / "masks" / f"{name}.png") for name in ["a", "b"]]
+    image(tmp_path / "masks" / "c.png")
+    (problem,) = problems(dataset(*shared))
+    assert "c.png belongs to no image" in problem
+
+
 def test_an_image_with_a_bad_mask_is_skipped_and_not_trained_without_a_mask(tmp_path: Path) -> None:
     for stem in ["good", "bad"]:
         image(tmp_path / "images" / f"{stem}.png", caption="x")
