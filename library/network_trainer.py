@@ -36,6 +36,7 @@ from library.run_settings import (
     tracking_settings,
 )
 from library.sd3.flow import validation_timesteps
+from library.training.dataset_sheets import write_dataset_sheets
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
 from library.training.hub import HubSettings, HubUploader, fetch_state
@@ -137,8 +138,17 @@ class NetworkTrainer(ABC):
         )
 
     def show_plan(self) -> None:
-        """What would be trained, without training: `--dry_run` and `--debug_dataset`."""
-        print(self.plan.text(self.args.gradient_accumulation_steps))
+        """What would be trained, without training: `--dry_run` and `--debug_dataset`, which draws sheets of the images too."""
+        args, plan = self.args, self.plan
+        print(plan.text(args.gradient_accumulation_steps))
+        if not args.debug_dataset or not self.accelerator.is_main_process:
+            return
+        settings = replace(self.loader_settings(), workers=0, pin_memory=False)
+        for kind, batches in (("training", plan.training), ("validation", plan.validation)):
+            if batches is not None:
+                folder, name = Path(args.output_dir) / "dataset", f"{args.output_name or 'last'}-{kind}"
+                for path in write_dataset_sheets(Loader(batches, settings).batches(0), folder, name):
+                    print(f"{kind}: {path}")
 
     def cache_texts(self) -> None:
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
@@ -235,9 +245,9 @@ class NetworkTrainer(ABC):
         self.ema = WeightEma(dict(self.network.named_parameters()), args.ema_decay) if args.ema_decay else None
         self.scaler = LossScaler(self.device) if self.precision.scale_loss else None
 
-    def make_loaders(self) -> None:
+    def loader_settings(self) -> LoaderSettings:
         args, plan = self.args, self.plan
-        settings = LoaderSettings(
+        return LoaderSettings(
             seed=plan.seed,
             steps_per_epoch=plan.length.steps_per_epoch,
             accumulation=args.gradient_accumulation_steps,
@@ -247,6 +257,9 @@ class NetworkTrainer(ABC):
             pin_memory=self.device.type == "cuda",
             persistent=args.persistent_data_loader_workers,
         )
+
+    def make_loaders(self) -> None:
+        args, plan, settings = self.args, self.plan, self.loader_settings()
         self.loader = Loader(plan.training, settings, self.latents, self.texts)
         self.validation_loader = (
             Loader(plan.validation, settings, self.validation_latents, self.validation_texts)
