@@ -17,12 +17,14 @@ from library.run_metadata import run_facts, save_facts
 from library.run_metrics import RunMetrics
 from library.run_options import options_that_shape
 from library.run_plan import state_to_resume
+from library.run_report import RunReport
 from library.run_settings import given_start
 from library.training.contact_sheet import PreviewRecord, write_sheet
 from library.training.loop import StepReport
 from library.training.metadata import FileMetadata
 from library.training.output_names import OutputNames, SaveRhythm, epochs_between_saves
 from library.training.previews import Previewer, moment
+from library.training.report_writer import ReportWriter
 from library.training.saving import BackgroundSaver, remove, write_weights
 from library.training.seeds import DrawGenerators
 from library.training.signals import StopSignals
@@ -63,10 +65,27 @@ class RunEvents:
             self.signals = stack.enter_context(StopSignals())
             self.metrics = stack.enter_context(RunMetrics(self.trainer, self.names))
             self._stack = stack.pop_all()
+        self.page = RunReport(self.trainer, self.metrics, lambda: list(self.previews))
+        wanted = self.main and self.args.report
+        self.report = ReportWriter(self.names.folder / "report.html", self.page.make) if wanted else None
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._stack.__exit__(kind, error, trace)
+        try:
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            if self.report is not None:
+                self.report.close(self._ending(error))
+
+    def _ending(self, error: BaseException | None) -> str:
+        if self.signals.received is not None:
+            return "stopped"
+        return "finished" if error is None else f"ended by {type(error).__name__}"
+
+    def _tell_report(self, position: Position) -> None:
+        self.page.position = position
+        if self.report is not None:
+            self.report.poke()
 
     # --- the run's beginning and end -------------------------------------------------------------------------------
 
@@ -77,6 +96,7 @@ class RunEvents:
             logger.info("--resume auto: there is no state in %s yet; starting anew.", self.names.folder)
         position = self._start_given(state, self._restore(state) if state else Position())
         self.previews = self.metrics.start(position)
+        self._tell_report(position)
         if self.previewer and (self.args.sample_at_first and position.step == 0):
             self.make_previews(position, epoch=None)
         return position
@@ -103,6 +123,7 @@ class RunEvents:
 
     def after_step(self, report: StepReport) -> None:
         args, position = self.args, report.position
+        self._tell_report(position)
         try:
             self.metrics.step(report)
         except UserError:  # only bad steps in a row: each was skipped, so the weights are those of the last good one
@@ -119,6 +140,7 @@ class RunEvents:
 
     def after_epoch(self, position: Position) -> None:
         args, epoch = self.args, position.epoch
+        self._tell_report(position)
         self.metrics.epoch(position)
         every = args.validate_every_n_epochs or (None if args.validate_every_n_steps else 1)
         if every and epoch % every == 0:

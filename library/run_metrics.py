@@ -180,6 +180,9 @@ class RunMetrics:
         logger.warning("Step %d had a gradient that is not finite and was skipped: %s", report.position.step, at)
         limit = self.args.max_nonfinite_steps
         if limit and self.nonfinite_in_a_row >= limit:
+            self.nonfinite_in_a_row = (
+                0  # said once: numbers still on their way must not say it again while state is saved
+            )
             raise UserError(
                 f"{limit} steps in a row had gradients that are not finite; training has stopped. The last saved files are good. "
                 "Try --mixed_precision bf16, a lower --learning_rate, or --max_grad_norm 1.0, and look at the images named above."
