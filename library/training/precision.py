@@ -33,8 +33,4 @@ def choose_precision(mixed_precision: str, full_fp16: bool, full_bf16: bool, dev
         wanted = "fp16"
     dtype = DTYPES[wanted]
     trained_dtype = dtype if (full_fp16 or full_bf16) else torch.float32
-    if trained_dtype == torch.float16:
-        warnings.append(
-            "full_fp16 keeps LoRA weights and gradients in float16 without loss scaling; full_bf16 is the safer of the two."
-        )
-    return Precision(dtype, trained_dtype, dtype == torch.float16 and trained_dtype == torch.float32, tuple(warnings))
+    return Precision(dtype, trained_dtype, dtype == torch.float16, tuple(warnings))

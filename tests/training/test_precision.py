@@ -1,0 +1,56 @@
+"""Number formats: what was asked for where the device can, and a warning where it cannot."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from library.training.precision import choose_precision
+from library.training.seeds import DrawGenerators, mix_seed
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+SEED_OF_1_2 = 1446411180646796515  # a saved state must mean the same draws in every version
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_gpu_computes_in_what_was_asked_for(asked: str, dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    precision = choose_precision(asked, False, False, GPU)
+    assert (precision.dtype, precision.trained_dtype, precision.warnings) == (dtype, torch.float32, ())
+    assert precision.scale_loss == (asked == "fp16")
+
+
+def test_float16_on_a_cpu_becomes_bfloat16_with_a_warning():
+    precision = choose_precision("fp16", True, False, CPU)
+    assert precision.dtype == precision.trained_dtype == torch.bfloat16
+    assert not precision.scale_loss and "bf16 is used instead" in precision.warnings[0]
+
+
+def test_bfloat16_on_a_gpu_without_it_becomes_float16_with_loss_scaling(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    precision = choose_precision("bf16", False, True, GPU)
+    assert precision.dtype == precision.trained_dtype == torch.float16
+    assert precision.scale_loss and "fp16 is used instead" in precision.warnings[0]
+
+
+def test_draws_depend_on_the_place_alone():
+    def draw() -> tuple:
+        return random.random(), torch.rand(1).item(), torch.rand(1, generator=draws.cpu).item()
+
+    draws = DrawGenerators(CPU)
+    draws.place(mix_seed(1, "a", 2))
+    first = draw()
+    torch.rand(100)
+    draws.place(mix_seed(1, "a", 2))
+    assert draw() == first
+    draws.place(mix_seed(1, "a", 3))
+    assert all(a != b for a, b in zip(draw(), first))
+
+
+def test_seeds_are_well_mixed_and_the_same_everywhere():
+    assert mix_seed(1, 2) == SEED_OF_1_2
+    assert len({mix_seed(a, b) for a in range(30) for b in range(30)}) == 900
+    assert mix_seed(12, 3) != mix_seed(1, 23)
+    assert 0 <= mix_seed("x") < 2**63
