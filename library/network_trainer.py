@@ -1,7 +1,7 @@
 """One training run, told in the order in which it happens. `NetworkTrainer.train` is the table of contents.
 
-A model family subclasses NetworkTrainer and names its parts: how its files are found, how text and images are encoded, how
-the denoiser is loaded and called. Everything else is here, or one call away.
+A model family subclasses NetworkTrainer and names its parts (library/model_family.py): how its files are found, how text and
+images are encoded, how the denoiser is loaded and called. Everything else is here, or one call away.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.data.latent_cache import LatentCache, LatentCacheSettings
 from library.data.loader import Batch, Loader, LoaderSettings
-from library.data.settings import Size
 from library.data.text_cache import TextCache, TextCacheSettings
+from library.model_family import ModelFamily
 from library.options.errors import UserError
 from library.run_events import RunEvents
 from library.run_plan import path_or_none, plan_run
@@ -41,11 +39,10 @@ from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
 from library.training.hub import HubSettings, HubUploader, fetch_state
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
-from library.training.metadata import FamilyFacts
 from library.training.optimizers import build_optimizer
 from library.training.out_of_memory import told_clearly
 from library.training.precision import choose_precision
-from library.training.previews import Previewer
+from library.training.progress import progress_bar
 from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, mix_seed, seed_everything
 from library.training.step import DenoisingStep, StepInput, StepResult
@@ -58,7 +55,7 @@ T = TypeVar("T")
 TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
 
 
-class NetworkTrainer(ABC):
+class NetworkTrainer(ModelFamily):
     def __init__(self, args: argparse.Namespace, problems: Sequence[str] = ()):
         """args: resolved options. problems: what is known to be wrong with them; told with all else that is found."""
         self.args = args
@@ -335,74 +332,6 @@ class NetworkTrainer(ABC):
         """Inside it, a full memory is told with what was being done and what would make it fit."""
         return told_clearly(what, self.device, memory_advice(self.args))
 
-    # --- what a model family provides ------------------------------------------------------------------------------
-
-    @abstractmethod
-    def encoder_names(self) -> list[str]:
-        """The text encoders, in the order of --text_encoder_lr."""
-
-    @abstractmethod
-    def locate_models(self) -> Any:
-        """Find the files of every part from headers; UserError lists what is wrong."""
-
-    @abstractmethod
-    def model_problems(self, files: Any, sizes: list[Size]) -> list[str]:
-        """What in the files would fail later: tensors missing or misshapen, images larger than the model can place."""
-
-    @abstractmethod
-    def network_problems(self, files: Any) -> list[str]:
-        """What is wrong with --network_module and its arguments."""
-
-    @abstractmethod
-    def train_t5xxl(self) -> bool: ...
-
-    @abstractmethod
-    def make_text_stage(self) -> Any: ...
-
-    @abstractmethod
-    def checkpoint_encoder(self, encoder: nn.Module) -> None:
-        """Let a trained encoder keep less for the backward pass."""
-
-    @abstractmethod
-    def encode_prompts(self, names: Sequence[str]) -> None:
-        """Encode the preview prompts with the encoders that training leaves as they are."""
-
-    @abstractmethod
-    def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
-        """Write the text encoders that are to be saved, the LoRA merged in; their paths."""
-
-    @abstractmethod
-    def make_previewer(self) -> Previewer | None:
-        """The previews that are asked for, or None."""
-
-    @abstractmethod
-    def load_vae(self) -> Any: ...
-
-    @abstractmethod
-    def vae_fingerprint(self) -> str: ...
-
-    @abstractmethod
-    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images [B, 3, H, W] in -1..1 on the device -> raw latents, one draw of the posterior."""
-
-    @abstractmethod
-    def normalise_latents(self, raw: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def make_denoiser(self) -> nn.Module: ...
-
-    @abstractmethod
-    def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Any:
-        """A batch's text as the denoiser wants it; dropout acts where `training`."""
-
-    @abstractmethod
-    def metadata_facts(self) -> FamilyFacts:
-        """What the LoRA file tells about the base model and the family's own options."""
-
-    @abstractmethod
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
-        """The denoiser's velocity."""
-
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _fill_texts(self, cache: TextCache, names: Sequence[str]) -> TextCache:
@@ -412,7 +341,13 @@ class NetworkTrainer(ABC):
             raise UserError(problems)
         if missing or not cache.settings.on_disk:
             size = self.args.text_encoder_batch_size or 1
-            cache.fill(missing, lambda texts: self.text_stage.encode_ahead(texts, names, size), TEXTS_AT_ONCE)
+
+            def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
+                return self.text_stage.encode_ahead(
+                    texts, names, size, lambda b: self._progress(b, "Encoding captions")
+                )
+
+            cache.fill(missing, encode, TEXTS_AT_ONCE)
         return cache
 
     def _fill_latents(self, cache: LatentCache) -> LatentCache:
@@ -429,8 +364,12 @@ class NetworkTrainer(ABC):
                 draws.place(mix_seed(self.plan.seed, "latents", images.shape[-1], images.shape[-2]))
                 return self.encode_images(images.to(self.device), draws.device)
 
-            cache.fill(missing, encode, self.args.vae_batch_size, lambda batches, title: batches)
+            cache.fill(missing, encode, self.args.vae_batch_size, self._progress)
         return cache
+
+    def _progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        """A progress bar on the main process."""
+        return progress_bar(items, title, self.accelerator.is_main_process, total)
 
     def _cap_norms(self) -> Any:
         return self.network.scale_weight_norms(self.args.scale_weight_norms)

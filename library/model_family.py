@@ -1,0 +1,85 @@
+"""What a model family provides to the trainer: its files, encoders, denoiser and how they are called."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.data.loader import Batch
+from library.data.settings import Size
+from library.training.metadata import FamilyFacts
+from library.training.previews import Previewer
+from library.training.seeds import DrawGenerators
+
+
+class ModelFamily(ABC):
+    @abstractmethod
+    def encoder_names(self) -> list[str]:
+        """The text encoders, in the order of --text_encoder_lr."""
+
+    @abstractmethod
+    def locate_models(self) -> Any:
+        """Find the files of every part from headers; UserError lists what is wrong."""
+
+    @abstractmethod
+    def model_problems(self, files: Any, sizes: list[Size]) -> list[str]:
+        """What in the files would fail later: tensors missing or misshapen, images larger than the model can place."""
+
+    @abstractmethod
+    def network_problems(self, files: Any) -> list[str]:
+        """What is wrong with --network_module and its arguments."""
+
+    @abstractmethod
+    def train_t5xxl(self) -> bool: ...
+
+    @abstractmethod
+    def make_text_stage(self) -> Any: ...
+
+    @abstractmethod
+    def checkpoint_encoder(self, encoder: nn.Module) -> None:
+        """Let a trained encoder keep less for the backward pass."""
+
+    @abstractmethod
+    def encode_prompts(self, names: Sequence[str]) -> None:
+        """Encode the preview prompts with the encoders that training leaves as they are."""
+
+    @abstractmethod
+    def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
+        """Write the text encoders that are to be saved, the LoRA merged in; their paths."""
+
+    @abstractmethod
+    def make_previewer(self) -> Previewer | None:
+        """The previews that are asked for, or None."""
+
+    @abstractmethod
+    def load_vae(self) -> Any: ...
+
+    @abstractmethod
+    def vae_fingerprint(self) -> str: ...
+
+    @abstractmethod
+    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """images [B, 3, H, W] in -1..1 on the device -> raw latents, one draw of the posterior."""
+
+    @abstractmethod
+    def normalise_latents(self, raw: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def make_denoiser(self) -> nn.Module: ...
+
+    @abstractmethod
+    def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Any:
+        """A batch's text as the denoiser wants it; dropout acts where `training`."""
+
+    @abstractmethod
+    def metadata_facts(self) -> FamilyFacts:
+        """What the LoRA file tells about the base model and the family's own options."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        """The denoiser's velocity."""
