@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from library.training.loop import StepReport
 from library.training.metadata import FileMetadata
 from library.training.output_names import OutputNames, SaveRhythm, epochs_between_saves
 from library.training.previews import Previewer, moment
+from library.training.progress import progress_bar
 from library.training.report_writer import ReportWriter
 from library.training.saving import BackgroundSaver, remove, write_weights
 from library.training.seeds import DrawGenerators
@@ -258,9 +259,15 @@ class RunEvents:
                 self.args.max_validation_steps,
                 DrawGenerators(trainer.device),
                 [trainer.network],
+                self._validation_progress,
             )
         loss = trainer.accelerator.reduce(loss, "sum")  # [sum, count]
         self.metrics.validation(position, kind, loss)
+
+    def _validation_progress(self, batches: Iterable[Any]) -> Iterator[Any]:
+        plan = self.trainer.plan.validation
+        total = 0 if plan is None else plan.batches_per_epoch
+        return progress_bar(batches, "Validation", self.main, min(total, self.args.max_validation_steps or total))
 
     def make_previews(self, position: Position, epoch: int | None) -> None:
         assert self.previewer is not None

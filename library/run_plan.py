@@ -113,9 +113,10 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
             )
         if args.cache_text_encoder_outputs:
             _try(problems, lambda: refuse_lost_chance(index.training, args.text_cache_variants))
-        sizes = sorted({size for dataset in [*index.training, *index.validation] for size in dataset.buckets})
+        sizes = {size for dataset in [*index.training, *index.validation] for size in dataset.buckets}
+        sizes |= {(prompt.width, prompt.height) for prompt in prompts or []}
         if files is not None:
-            problems.found += family.model_problems(files, sizes)
+            problems.found += family.model_problems(files, sorted(sizes))
     plan = None
     if index is not None and rates is not None:
         plan = _plan(args, files, index, rates, prompts or [], seed, world_size)

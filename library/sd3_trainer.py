@@ -106,8 +106,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
         too_large = [f"{w}x{h}" for w, h in sizes if max(w, h) > table]
         if too_large and not self.args.enable_scaled_pos_embed:
             problems.append(
-                f"Buckets {', '.join(too_large)} are larger than the model's position table, {table} pixels a side. "
-                "Lower --resolution or --max_bucket_reso."
+                f"Buckets or previews of {', '.join(too_large)} are larger than the model's position table, {table} pixels a side. "
+                "Lower --resolution or --max_bucket_reso, or the size in --sample_prompts."
             )
         return problems
 
@@ -302,8 +302,17 @@ class Sd3NetworkTrainer(NetworkTrainer):
             SAMPLERS.get(args.sample_sampler, "euler"),
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            max(w * h * d.settings.batch_size for d in self.plan.index.training for w, h in d.buckets),
         )
-        return Previewer(self.plan.prompts, settings, self.prompt_conditioning, self.predict, self.decode, self.device)
+        return Previewer(
+            self.plan.prompts,
+            settings,
+            self.prompt_conditioning,
+            self.predict,
+            self.decode,
+            self.device,
+            joined_conditioning,
+        )
 
     def prompt_conditioning(self, prompt: PreviewPrompt, text: str) -> Conditioning:
         """A prompt's text as the denoiser wants it: trained encoders speak for themselves, the others did so before."""
@@ -318,3 +327,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
         if self.vae is None:
             self.vae = self.load_vae()
         return self.vae.decode(denormalise(latents))
+
+
+def joined_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Two conditionings of images of one size as one batch; the position embedding is the same."""
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]), first[2]

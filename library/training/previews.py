@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from library.files import atomic_write
 from library.sd3.sampling import Velocity, guided, preview_sigmas, sample
+from library.training.progress import progress_bar
 from library.training.prompts import PreviewPrompt
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ class PreviewSettings:
     sampler: str = "euler"
     rank: int = 0
     world_size: int = 1
+    pixels_together: int = (
+        0  # guidance predicts with and without the prompt in one batch where both images have no more
+    )
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,23 @@ class Previewer:
         predict: Callable[[Tensor, Tensor, Any], Tensor],
         decode: Callable[[Tensor], Tensor],
         device: torch.device,
+        joined: Callable[[Any, Any], Any] | None = None,
     ):
-        """decode: normalised latents [1, 16, h, w] -> images [1, 3, 8h, 8w] in -1..1."""
+        """decode: normalised latents [1, 16, h, w] -> images [1, 3, 8h, 8w] in -1..1.
+
+        joined: two conditionings as one of a batch of two; None: guidance always predicts one after the other.
+        """
         self.prompts, self.settings = list(prompts), settings
         self.conditioned, self.predict, self.decode = conditioned, predict, decode
-        self.device = device
+        self.device, self.joined = device, joined
 
     def make(self, when: str, modules: Sequence[nn.Module]) -> list[Preview]:
         """Make this process's share of the previews. when: "e000001" or "000100", see `moment`. modules: put in eval mode meanwhile."""
         previews = []
         with undisturbed(modules):
-            for index, prompt in enumerate(self.prompts):
-                if index % self.settings.world_size == self.settings.rank:
-                    previews.append(self._make_one(index, prompt, when))
+            own = list(enumerate(self.prompts))[self.settings.rank :: self.settings.world_size]
+            for index, prompt in progress_bar(own, "Previews", shown=self.settings.rank == 0):
+                previews.append(self._make_one(index, prompt, when))
         return previews
 
     def _make_one(self, index: int, prompt: PreviewPrompt, when: str) -> Preview:
@@ -101,9 +109,23 @@ class Previewer:
             flow: Velocity = velocity
             if prompt.guidance != 1:
                 unwanted = self.conditioned(prompt, prompt.negative_prompt)
-                flow = guided(velocity, lambda x, t: self.predict(x, t, unwanted), prompt.guidance)
+                flow = self._guided(prompt, wanted, unwanted)
             sigmas = preview_sigmas(prompt.steps, prompt.shift)
             return sample(flow, noise, sigmas, prompt.sampler or self.settings.sampler)
+
+    def _guided(self, prompt: PreviewPrompt, wanted: Any, unwanted: Any) -> Velocity:
+        """Guidance, in one batch of two where training's own batches are as large, so that the memory suffices."""
+        if self.joined is None or 2 * prompt.width * prompt.height > self.settings.pixels_together:
+            return guided(
+                lambda x, t: self.predict(x, t, wanted), lambda x, t: self.predict(x, t, unwanted), prompt.guidance
+            )
+        both = self.joined(unwanted, wanted)
+
+        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
+            without, towards = self.predict(x.repeat(2, 1, 1, 1), timesteps.repeat(2), both).float().chunk(2)
+            return torch.lerp(without, towards, prompt.guidance)
+
+        return velocity
 
     def _file_name(self, index: int, prompt: PreviewPrompt, when: str) -> str:
         name = f"{self.settings.name}_" if self.settings.name else ""

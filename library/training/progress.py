@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -64,12 +64,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def progress_bar(items: Sequence[T] | Iterable[T], title: str, shown: bool = True) -> Iterator[T]:
-    """The items, with progress shown."""
-    known = list(items)
-    progress = Progress(len(known), title, shown=shown)
+def progress_bar(items: Iterable[T], title: str, shown: bool = True, total: int | None = None) -> Iterator[T]:
+    """The items, with progress shown where there are several. total: how many, where `items` does not know it."""
+    if total is None:
+        items = list(items)
+        total = len(items)
+    progress = Progress(total, title, shown=shown and total > 1)
     try:
-        for item in known:
+        for item in items:
             yield item
             progress.advance()
     finally:

@@ -22,15 +22,16 @@ def validate(
     max_batches: int | None,
     draws: DrawGenerators,
     modules: Sequence[nn.Module],
+    wrap: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Tensor:
     """The sum of the losses and their count, [2] float32 on the device; every batch at every timestep.
 
     losses(batch, draws, timestep): of one batch. The noise depends on seed, batch and timestep alone. modules: put in eval
-    mode meanwhile; training's random states are left as they were.
+    mode meanwhile; training's random states are left as they were. wrap: puts a progress bar around the batches.
     """
     total = torch.zeros(2, device=draws.device.device)
     with undisturbed(modules):
-        for number, batch in enumerate(islice(batches, max_batches)):
+        for number, batch in enumerate(wrap(islice(batches, max_batches))):
             for timestep in timesteps:
                 draws.place(mix_seed(seed, "validation", number, timestep))
                 found = losses(batch, draws, timestep).losses

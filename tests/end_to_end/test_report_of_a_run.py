@@ -108,3 +108,13 @@ def test_the_command_of_the_report_goes_on_with_the_run(trained: Path, words: li
 def test_a_run_without_report_writes_none(workshop: Workshop, tmp_path: Path) -> None:
     assert main(workshop.arguments(tmp_path, "--no_report", "--network_train_unet_only", max_train_steps=1)) == 0
     assert not (tmp_path / "report.html").exists() and (tmp_path / "lora.safetensors").exists()
+
+
+def test_a_preview_that_the_model_has_no_place_for_is_told_before_training(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat --w 8192 --h 64\n", encoding="utf-8")
+    assert main(workshop.arguments(tmp_path, sample_prompts=prompts, sample_every_n_steps=2)) == 2
+    told = capsys.readouterr().err
+    assert "8192x64" in told and "--sample_prompts" in told

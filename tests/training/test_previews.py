@@ -48,7 +48,7 @@ def previewer(
     return Previewer(prompts, settings, lambda prompt, text: float(len(text)) / 100, model, decode, CPU)
 
 
-def pixels(path: Path) -> np.ndarray:
+def pixels_of(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
@@ -68,10 +68,10 @@ def test_a_seed_means_the_same_picture_whatever_was_drawn_before(tmp_path: Path)
     (first,) = maker.make("000001", [model])
     torch.rand(10)
     (second,) = maker.make("000002", [model])
-    assert np.array_equal(pixels(first.path), pixels(second.path))
+    assert np.array_equal(pixels_of(first.path), pixels_of(second.path))
     model.scale.data += 1
     (third,) = maker.make("000003", [model])
-    assert not np.array_equal(pixels(first.path), pixels(third.path))
+    assert not np.array_equal(pixels_of(first.path), pixels_of(third.path))
 
 
 def test_options_of_the_prompt_reach_the_picture(tmp_path: Path) -> None:
@@ -88,8 +88,37 @@ def test_options_of_the_prompt_reach_the_picture(tmp_path: Path) -> None:
     ]
     model = Denoiser()
     made = previewer(tmp_path, others, model).make("000001", [model])
-    found = [pixels(preview.path).tobytes() for preview in made]
+    found = [pixels_of(preview.path).tobytes() for preview in made]
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(("pixels", "largest"), [(0, 1), (2 * 64 * 96 - 1, 1), (2 * 64 * 96, 2)])
+def test_guidance_in_one_batch_is_the_same_picture(tmp_path: Path, pixels: int, largest: int) -> None:
+    """It is used where two images are no more than training's largest batch."""
+    model, sizes = Denoiser().eval(), set[int]()
+
+    def predict(x: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
+        sizes.add(len(x))
+        assert len(x) == len(timesteps) == len(conditioning)
+        return model(x, timesteps, conditioning.view(-1, 1, 1, 1))
+
+    def conditioned(prompt: PreviewPrompt, text: str) -> Tensor:
+        return torch.full((1,), len(text) / 100)
+
+    prompt = PreviewPrompt("a cat", "a hippopotamus", seed=5, **SMALL)
+    maker = Previewer(
+        [prompt],
+        PreviewSettings(tmp_path, "x", pixels_together=pixels),
+        conditioned,
+        predict,
+        decode,
+        CPU,
+        lambda a, b: torch.cat([a, b]),
+    )
+    (made,) = maker.make("000001", [])
+    (plain,) = Previewer([prompt], PreviewSettings(tmp_path, "y"), conditioned, predict, decode, CPU).make("000001", [])
+    assert max(sizes) == largest
+    assert np.array_equal(pixels_of(made.path), pixels_of(plain.path))
 
 
 def test_without_guidance_the_negative_prompt_is_not_asked(tmp_path: Path) -> None:

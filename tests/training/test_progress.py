@@ -60,13 +60,33 @@ def test_there_are_no_control_characters_without_a_terminal(
 
 def test_other_processes_show_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert list(progress_bar([1], "Caching", shown=False)) == [1]
+    assert list(progress_bar([1, 2], "Caching", shown=False)) == [1, 2]
     assert caplog.records == []
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65, "1:05"), (3600, "1:00:00"), (7265, "2:01:05")])
 def test_times(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_items_that_come_one_by_one_are_not_gathered_first(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    taken: list[int] = []
+
+    def items():  # type: ignore[no-untyped-def]
+        for number in range(3):
+            taken.append(number)
+            yield number
+
+    for number in progress_bar(items(), "Validation", total=3):
+        assert taken == list(range(number + 1))
+    assert "Validation 3/3" in caplog.text
+
+
+def test_a_single_item_needs_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert list(progress_bar(["x"], "Caching")) == ["x"]
+    assert caplog.records == []
 
 
 def test_nothing_to_do_is_no_division_by_zero() -> None:
