@@ -1,0 +1,322 @@
+"""LoRA tensors from kohya's layout to that of diffusers (PEFT) and back, as pure functions; what the change does stays the same.
+
+kohya: `lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight` [r, in], `.lora_up.weight` [out, r], `.alpha`; strength alpha / r.
+diffusers: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`, `.lora_B.weight`; strength 1, so lora_B takes in alpha / r.
+
+Three places are more than other names. The fused q, k, v are three layers there: they share lora_A, lora_B is cut in three. The
+last block's context and the final layer modulate by (shift, scale), there by (scale, shift). And the block-diagonal Up of a
+LoRA with pairs of their own for q, k and v is taken apart. diffusers reads no T5 LoRA (ComfyUI does, as `text_encoder_3.`)
+and has no form for DoRA with a magnitude per input or for LyCORIS.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.options.errors import UserError
+from networks.weight_files import group_by_layer, listed
+
+THIRDS = 3  # q, k and v of a fused layer
+# a layer of a joint block, kohya's name -> the names in diffusers' block; three of them where the layer is fused
+BLOCK_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block_attn_proj": ("attn.to_out.0",),
+    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block_attn2_proj": ("attn2.to_out.0",),
+    "x_block_mlp_fc1": ("ff.net.0.proj",),
+    "x_block_mlp_fc2": ("ff.net.2",),
+    "x_block_adaLN_modulation_1": ("norm1.linear",),
+    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block_attn_proj": ("attn.to_add_out",),
+    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+    "context_block_mlp_fc2": ("ff_context.net.2",),
+    "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+}
+OTHER_LAYERS: Mapping[str, str] = {
+    "context_embedder": "context_embedder",
+    "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
+    "x_embedder_proj": "pos_embed.proj",
+    "final_layer_adaLN_modulation_1": "norm_out.linear",
+    "final_layer_linear": "proj_out",
+}
+TEXT_ENCODERS: Mapping[str, str] = {
+    "lora_te1_": "text_encoder.",
+    "lora_te2_": "text_encoder_2.",
+    "lora_te3_": "text_encoder_3.",
+}
+BLOCK = re.compile(r"lora_unet_joint_blocks_(\d+)_(\w+)")
+CLIP_LAYER = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn_[qkv]_proj|self_attn_out_proj|mlp_fc[12])")
+T5_LAYER = re.compile(r"encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)")
+ATTENTION_OR_MLP = re.compile(r"(self_attn|mlp)_")
+SWAPPED = ("context_block_adaLN_modulation_1", "final_layer_adaLN_modulation_1")  # the first in the last block alone
+PLAIN_SUFFIXES = {"lora_down.weight", "lora_up.weight", "alpha"}
+# how a tensor's name may end in files of diffusers, PEFT and ComfyUI
+ENDINGS = re.compile(
+    r"\.(?:lora_(?P<peft>[AB])(?:\.\w+)?\.weight|lora\.(?P<old>down|up)\.weight"
+    r"|lora_(?P<kohya>down|up)\.weight|(?P<alpha>alpha))$"
+)
+ADAPTER_CONFIG = "lora_adapter_metadata"  # diffusers keeps the PEFT configuration under this key of a file's metadata
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One low-rank change: scale * up @ down."""
+
+    down: Tensor  # [r, in, ...]
+    up: Tensor  # [out, r, ...]
+    scale: float
+
+
+# --- kohya -> diffusers ------------------------------------------------------------------------------------------------
+
+
+def to_diffusers(tensors: Mapping[str, Tensor], where: str = "the LoRA") -> dict[str, Tensor]:
+    """diffusers' names and tensors of a LoRA in kohya's layout. Tensors keep their dtype, but for a lora_B that it can't hold
+    exactly once alpha / rank is in it: that one is float32. UserError lists what diffusers has no form for.
+    """
+    layers = group_by_layer(tensors, where)
+    problems = diffusers_problems(tensors, where)
+    if problems:
+        raise UserError(problems)
+    converted: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        pair = _kohya_pair(name, layer, where)
+        paths = diffusers_paths(name)
+        assert paths is not None
+        for path, piece in zip(paths, _pieces(name, pair, len(paths))):
+            converted[f"{path}.lora_A.weight"] = piece.down.clone()
+            converted[f"{path}.lora_B.weight"] = scaled(piece.up, piece.scale)
+    return converted
+
+
+def diffusers_problems(keys: Iterable[str], where: str = "the LoRA") -> list[str]:
+    """Why the tensors of these names can't be told in diffusers' layout, a sentence each; empty when they can."""
+    layers = group_by_layer(dict.fromkeys(keys), where)
+    dora = [name for name, layer in layers.items() if "dora_scale" in layer]
+    other = [name for name, layer in layers.items() if layer.keys() - PLAIN_SUFFIXES - {"dora_scale"}]
+    unknown = [name for name in layers if diffusers_paths(name) is None]
+    problems = []
+    if dora:
+        problems.append(f"{where} is a DoRA, which diffusers does not read: {listed(dora)}. Keep it in kohya's layout.")
+    if other:
+        problems.append(
+            f"{where} is not a plain LoRA, and diffusers reads no other kind: {listed(other)}. Keep it in kohya's layout."
+        )
+    if unknown:
+        problems.append(f"{where} has LoRAs for layers that SD3 does not have: {listed(unknown)}.")
+    return problems
+
+
+def unread_by_diffusers(keys: Iterable[str]) -> list[str]:
+    """Names of LoRAs that convert but that diffusers passes over: those of T5."""
+    return sorted({key.partition(".")[0] for key in keys if key.startswith("lora_te3_")})
+
+
+def diffusers_paths(name: str) -> tuple[str, ...] | None:
+    """The modules in diffusers' pipeline that a kohya name stands for: one, or three of a fused layer; None for an unknown name."""
+    block = BLOCK.fullmatch(name)
+    if block:
+        layers = BLOCK_LAYERS.get(block[2])
+        return layers and tuple(f"transformer.transformer_blocks.{block[1]}.{layer}" for layer in layers)
+    for prefix, start in TEXT_ENCODERS.items():
+        if name.startswith(prefix):
+            path = _text_path(name.removeprefix(prefix))
+            return path and (start + path,)  # type: ignore[return-value]
+    other = OTHER_LAYERS.get(name.removeprefix("lora_unet_"))
+    return other and (f"transformer.{other}",)  # type: ignore[return-value]
+
+
+def _text_path(name: str) -> str | None:
+    clip, t5 = CLIP_LAYER.fullmatch(name), T5_LAYER.fullmatch(name)
+    if clip:
+        layer = ATTENTION_OR_MLP.sub(r"\1.", clip[2])
+        return f"text_model.encoder.layers.{clip[1]}.{layer}"
+    return f"encoder.block.{t5[1]}.layer.{t5[2]}.{t5[3]}.{t5[4]}" if t5 else None
+
+
+def _kohya_pair(name: str, layer: Mapping[str, Tensor], where: str) -> Pair:
+    if not {"lora_down.weight", "lora_up.weight"} <= layer.keys():
+        raise UserError(f"{where}: {name} lacks its lora_down or lora_up. The file is damaged: make or copy it again.")
+    down, up = layer["lora_down.weight"], layer["lora_up.weight"]
+    if down.dim() < 2 or up.dim() < 2 or up.shape[1] != down.shape[0]:
+        raise UserError(f"{where}: {name} has lora_down {list(down.shape)} and lora_up {list(up.shape)}: no LoRA.")
+    rank = down.shape[0]
+    return Pair(down, up, float(layer["alpha"]) / rank if "alpha" in layer else 1.0)
+
+
+def _pieces(name: str, pair: Pair, count: int) -> list[Pair]:
+    if count == 1:
+        return [Pair(pair.down, _swapped(pair.up), pair.scale) if is_swapped(name, pair) else pair]
+    ups = pair.up.chunk(count, dim=0)  # each [out / 3, r]
+    rank, rest = divmod(pair.down.shape[0], count)
+    if not rest and pair.up.any():
+        blocks = [up[:, i * rank : (i + 1) * rank] for i, up in enumerate(ups)]
+        if torch.equal(torch.block_diag(*blocks), pair.up):
+            return [Pair(down, up, pair.scale) for down, up in zip(pair.down.chunk(count), blocks)]
+    return [Pair(pair.down, up, pair.scale) for up in ups]
+
+
+def is_swapped(name: str, pair: Pair) -> bool:
+    """Whether the layer's output is (shift, scale): the final layer's, and the context's where nothing follows it."""
+    return name.endswith(SWAPPED) and pair.up.shape[0] == 2 * pair.down.shape[1]
+
+
+def _swapped(up: Tensor) -> Tensor:
+    shift, scale = up.chunk(2, dim=0)
+    return torch.cat([scale, shift])
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """tensor * scale, in the tensor's dtype where that holds it exactly and in float32 where not."""
+    product = tensor.float() * scale
+    same = product.to(tensor.dtype)
+    return same.contiguous() if torch.equal(same.float(), product) else product.contiguous()
+
+
+# --- diffusers -> kohya ------------------------------------------------------------------------------------------------
+
+
+def is_diffusers(keys: Iterable[str]) -> bool:
+    """Whether tensors' names are those of diffusers, PEFT or ComfyUI with dots, rather than kohya's."""
+    known = list(keys)
+    return bool(known) and not any(key.startswith(("lora_unet_", "lora_te")) for key in known)
+
+
+def to_kohya(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, where: str = "the LoRA"
+) -> dict[str, Tensor]:
+    """A LoRA in diffusers' or PEFT's layout, in kohya's. metadata: the file's; diffusers writes the alphas there.
+
+    q, k and v become one pair: of their rank where they share lora_A, else of the sum of their ranks with a block-diagonal Up.
+    UserError lists the names that mean nothing here.
+    """
+    pairs, problems = _read_pairs(tensors, _adapter_config(metadata, where), where)
+    names = _kohya_names(pairs)
+    problems += [f"{where}: {path} is no layer of SD3." for path in pairs if path not in names]
+    if problems:
+        raise UserError(problems[:20])
+    found: dict[str, dict[int, Pair]] = {}
+    for path, pair in pairs.items():
+        name, place = names[path]
+        found.setdefault(name, {})[place] = pair
+    converted: dict[str, Tensor] = {}
+    for name, parts in found.items():
+        is_fused = name.endswith("_qkv") and -1 not in parts
+        pair = _fused(name, parts, where) if is_fused else next(iter(parts.values()))
+        from_diffusers_names = -1 not in parts
+        if from_diffusers_names and is_swapped(name, pair):
+            pair = Pair(pair.down, _swapped(pair.up), pair.scale)
+        converted[f"{name}.lora_down.weight"] = pair.down.contiguous()
+        converted[f"{name}.lora_up.weight"] = pair.up.contiguous()
+        converted[f"{name}.alpha"] = torch.tensor(pair.scale * pair.down.shape[0])
+    return converted
+
+
+def _kohya_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Module path -> (kohya name, which third it is; 0 where the layer is whole, -1 where the path is the checkpoint's own)."""
+    found = {}
+    for path in paths:
+        bare = path.removeprefix("transformer.")
+        block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", bare)
+        places = [(name, layers.index(block[2])) for name, layers in BLOCK_LAYERS.items() if block and block[2] in layers]
+        others = [name for name, other in OTHER_LAYERS.items() if bare == other]
+        own = "lora_unet_" + path.removeprefix("diffusion_model.").replace(".", "_")
+        if block and places:
+            found[path] = (f"lora_unet_joint_blocks_{block[1]}_{places[0][0]}", places[0][1])
+        elif path.startswith("diffusion_model.") and diffusers_paths(own):
+            found[path] = (own, -1)
+        elif others:
+            found[path] = ("lora_unet_" + others[0], 0)
+        else:
+            found |= {path: (name, 0) for name in [_text_name(path)] if name is not None}
+    return found
+
+
+def _text_name(path: str) -> str | None:
+    for prefix, start in TEXT_ENCODERS.items():
+        if path.startswith(start):
+            inner = path.removeprefix(start)
+            if inner.startswith("encoder.layers."):  # transformers 5 has CLIP without the level that files have
+                inner = "text_model." + inner
+            name = prefix + inner.replace(".", "_")
+            return name if diffusers_paths(name) else None
+    return None
+
+
+def _read_pairs(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
+) -> tuple[dict[str, Pair], list[str]]:
+    """Pairs by module path, and what is wrong with the names."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        ending = ENDINGS.search(key)
+        if ending is None:
+            problems.append(f"{where}: {key} is no part of a plain LoRA.")
+            continue
+        kind = {"A": "down", "B": "up"}.get(ending["peft"] or "") or ending["old"] or ending["kohya"] or "alpha"
+        path = key[: ending.start()].removeprefix("base_model.model.")
+        layers.setdefault(path, {})[kind] = tensor
+    pairs = {}
+    for path, layer in layers.items():
+        if not {"down", "up"} <= layer.keys() or layer["up"].shape[1] != layer["down"].shape[0]:
+            problems.append(f"{where}: {path} lacks its lora_A or lora_B, or they do not fit each other.")
+            continue
+        rank = layer["down"].shape[0]
+        scale = float(layer["alpha"]) / rank if "alpha" in layer else _configured_scale(path, rank, config)
+        pairs[path] = Pair(layer["down"], layer["up"], scale)
+    return pairs, problems
+
+
+def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
+    text = (metadata or {}).get(ADAPTER_CONFIG)
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} is not valid JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} is not a table.")
+    return config
+
+
+def _configured_scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
+    """alpha / rank as PEFT has it from its configuration: patterns match the end of a module's path."""
+    part, _, inner = path.partition(".")
+    alpha = config.get(f"{part}.lora_alpha")
+    if alpha is None:
+        return 1.0
+    for pattern, value in (config.get(f"{part}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", inner):
+            alpha = value
+            break
+    return float(alpha) / (rank**0.5 if config.get(f"{part}.use_rslora") else rank)
+
+
+def _fused(name: str, parts: Mapping[int, Pair], where: str) -> Pair:
+    """One pair for q, k and v; one that is absent is not changed."""
+    if len({(pair.up.shape[0], pair.down.shape[1:]) for pair in parts.values()}) > 1:
+        raise UserError(f"{where}: q, k and v of {name} differ in size.")
+    first = next(iter(parts.values()))
+    scale = first.scale if len({pair.scale for pair in parts.values()}) == 1 else 1.0
+    ups = {place: pair.up if scale == pair.scale else scaled(pair.up, pair.scale) for place, pair in parts.items()}
+    if len({up.dtype for up in ups.values()}) > 1:
+        ups = {place: up.float() for place, up in ups.items()}
+    height, dtype = first.up.shape[0], next(iter(ups.values())).dtype
+    if all(torch.equal(pair.down, first.down) for pair in parts.values()):
+        empty = torch.zeros_like(first.up, dtype=dtype)
+        return Pair(first.down, torch.cat([ups.get(place, empty) for place in range(THIRDS)]), scale)
+    places = [ups.get(place, torch.zeros(height, 0, dtype=dtype)) for place in range(THIRDS)]
+    down = torch.cat([parts[place].down for place in sorted(parts)])
+    return Pair(down, torch.block_diag(*places), scale)
