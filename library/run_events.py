@@ -19,6 +19,7 @@ from library.run_options import options_that_shape
 from library.run_plan import state_to_resume
 from library.run_report import RunReport
 from library.run_settings import given_start
+from library.training.agreement import Agreement
 from library.training.contact_sheet import PreviewRecord, write_sheet
 from library.training.loop import StepReport
 from library.training.metadata import FileMetadata
@@ -37,6 +38,7 @@ from library.training.state import (
     write_state,
 )
 from library.training.validation import validate
+from networks.diffusers_layout import diffusers_problems, to_diffusers, unread_by_diffusers
 
 if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer
@@ -56,8 +58,12 @@ class RunEvents:
         every = epochs_between_saves(args.save_every_n_epochs, args.save_n_epoch_ratio, trainer.plan.length.epochs)
         self.rhythm = SaveRhythm(every, args.save_every_n_steps)
         self.previews: list[PreviewRecord] = []
-        self.last_saved_at = time.monotonic()
+        self.last_saved_at, self.last_saved_step = time.monotonic(), 0
+        self.agreement = Agreement(trainer.accelerator.num_processes, trainer.device)
+        self.stopping = False
         self.metadata = FileMetadata(run_facts(trainer, time.time())) if self.main else None
+        if args.save_format != "kohya":
+            self._check_diffusers_layout()
 
     def __enter__(self) -> RunEvents:
         with ExitStack() as stack:
@@ -104,7 +110,7 @@ class RunEvents:
 
     def finish(self, position: Position) -> Path:
         """Save the LoRA, and the state where that is wanted; a run that was told to stop saves both and exits."""
-        stopped = self.signals.received is not None and position.step < self.trainer.plan.length.max_steps
+        stopped = self.should_stop() and position.step < self.trainer.plan.length.max_steps
         path = self.names.step(position.step) if stopped else self.names.final()
         self.save_weights(path, position)
         if stopped or self.args.save_state or self.args.save_state_on_train_end:
@@ -120,7 +126,8 @@ class RunEvents:
     # --- between steps ---------------------------------------------------------------------------------------------
 
     def should_stop(self) -> bool:
-        return self.signals.received is not None
+        """Whether a signal was received; of several processes, whether they have agreed that one of them did."""
+        return self.stopping or (self.agreement.world_size == 1 and self.signals.received is not None)
 
     def after_step(self, report: StepReport) -> None:
         args, position = self.args, report.position
@@ -131,8 +138,11 @@ class RunEvents:
             self.save_weights(self.names.step(position.step), position)
             self.save_state(self.names.state_step(position.step), position)
             raise
-        if self.rhythm.step_is_due(position.step) or self._minutes_are_up():
-            self.save_at_step(position)
+        self.stopping, minutes_are_up = self.agreement.ask([self.signals.received is not None, self._minutes_are_up()])
+        if self.rhythm.step_is_due(position.step):
+            self.save_at_step(position, args.save_state)
+        elif minutes_are_up and position.step > self.last_saved_step + 1:
+            self.save_at_step(position, with_state=True)
         if args.validate_every_n_steps and position.step % args.validate_every_n_steps == 0:
             self.validate(position, "step")
         every = None if args.sample_every_n_epochs else args.sample_every_n_steps
@@ -153,11 +163,11 @@ class RunEvents:
 
     # --- files -----------------------------------------------------------------------------------------------------
 
-    def save_at_step(self, position: Position) -> None:
+    def save_at_step(self, position: Position, with_state: bool) -> None:
         args, step = self.args, position.step
         old = self.names.old_steps(step, args.save_last_n_steps) if args.save_last_n_steps else []
         self.save_weights(self.names.step(step), position, old)
-        if args.save_state:
+        if with_state:
             keep = args.save_last_n_steps_state or args.save_last_n_steps
             self.save_state(
                 self.names.state_step(step), position, self.names.old_steps(step, keep, True) if keep else []
@@ -175,7 +185,7 @@ class RunEvents:
 
     def save_weights(self, path: Path, position: Position, old: list[Path] | None = None) -> None:
         """Hand a copy of the LoRA to the saver. With an EMA its average is saved beside, or instead."""
-        self.last_saved_at = time.monotonic()
+        self.last_saved_at, self.last_saved_step = time.monotonic(), position.step
         if self.metadata is None:
             return
         trainer, described = self.trainer, self.metadata
@@ -193,12 +203,31 @@ class RunEvents:
             files.append((target, trainer.network.state_dict_for_saving(dtype, averages)))
 
         def write() -> None:
-            for target, tensors in files:
+            wanted = [each for target, tensors in files for each in self._in_formats(target, tensors)]
+            for target, tensors in wanted:
                 write_weights(target, tensors, described.with_hashes(metadata, tensors, wait=final))
                 self.upload(target)
-            remove([p for p in old or [] if p not in {target for target, _ in files}])
+            remove([p for p in old or [] if p not in {target for target, _ in wanted}])
 
         self.saver.submit(write)
+
+    def _in_formats(self, path: Path, tensors: dict[str, Tensor]) -> list[tuple[Path, dict[str, Tensor]]]:
+        """The files of --save_format; beside kohya's the other one has a name of its own."""
+        wanted = self.args.save_format
+        files = [(path, tensors)] if wanted != "diffusers" else []
+        if wanted != "kohya":
+            target = path if wanted == "diffusers" else path.with_name(f"{path.stem}-diffusers{path.suffix}")
+            files.append((target, to_diffusers(tensors)))
+        return files
+
+    def _check_diffusers_layout(self) -> None:
+        """Say before the first step what --save_format diffusers or both can't write."""
+        keys = self.trainer.network.state_dict_for_saving().keys()
+        problems = diffusers_problems(keys, f"--save_format {self.args.save_format}: this network")
+        if problems:
+            raise UserError(problems)
+        if unread_by_diffusers(keys):
+            logger.warning("diffusers reads no LoRA of T5: its part of the file is for ComfyUI alone.")
 
     def _save_encoders(self) -> Callable[[], None]:
         """What writes the text encoders with the trained LoRA in them, where that is wanted."""

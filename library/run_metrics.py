@@ -44,7 +44,7 @@ class RunMetrics:
         self.main = trainer.accelerator.is_main_process
         self.average = RunningLoss(max(1, trainer.plan.length.steps_per_epoch))
         self.by_timestep = TimestepLosses()
-        self.late = LateValues(trainer.device)
+        self.late = LateValues(trainer.device, together=trainer.accelerator.num_processes > 1)
         self.file = MetricsFile(names.folder / f"{names.name or 'last'}.metrics.jsonl")
         self.curves = Curves()
         self.nonfinite_in_a_row = 0

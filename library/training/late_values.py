@@ -27,8 +27,11 @@ class _Waiting:
 class LateValues:
     """A queue of numbers on their way to the host. What is told keeps the order in which it was sent."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, together: bool = False):
+        """together: several processes must be told at the same step, so all but the newest are waited for."""
         self.device = device
+        self.most = 1 if together else WAITING_AT_MOST
+        self.together = together
         self._waiting: deque[_Waiting] = deque()
 
     def send(self, values: Tensor | None, tell: Tell) -> None:
@@ -43,8 +46,8 @@ class LateValues:
         self._waiting.append(_Waiting(host, copied, tell))
 
     def tell_arrived(self) -> None:
-        """Tell what has arrived, without waiting."""
-        while self._waiting and (self._has_arrived(self._waiting[0]) or len(self._waiting) > WAITING_AT_MOST):
+        """Tell what has arrived, without waiting; of several processes, all but the newest."""
+        while self._waiting and (self._has_arrived(self._waiting[0]) or len(self._waiting) > self.most):
             self._tell_first()
 
     def tell_all(self) -> None:
@@ -59,4 +62,4 @@ class LateValues:
         first.tell([] if first.values is None else first.values.tolist())
 
     def _has_arrived(self, waiting: _Waiting) -> bool:
-        return waiting.copied is None or waiting.copied.query()
+        return not self.together and (waiting.copied is None or waiting.copied.query())

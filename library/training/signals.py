@@ -31,7 +31,7 @@ class StopSignals:
     @property
     def exit_code(self) -> int:
         """What a shell expects of a program that a signal ended: 128 and the signal's number."""
-        return 128 + (self.received or 0)
+        return 128 + (self.received or signal.SIGTERM)  # another process was told to stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -42,6 +42,18 @@ def test_numbers_are_told_in_the_order_in_which_they_were_sent() -> None:
     assert told == [[1.0, 2.0], "epoch", [1.0]]
 
 
+def test_processes_are_told_at_the_same_step() -> None:
+    """All but the newest, however fast the numbers come."""
+    told: list[list[float]] = []
+    late = LateValues(torch.device("cpu"), together=True)
+    for number in range(3):
+        late.send(torch.tensor([float(number)]), told.append)
+        late.tell_arrived()
+        assert len(told) == number
+    late.tell_all()
+    assert told == [[0.0], [1.0], [2.0]]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_reading_numbers_does_not_wait_for_the_gpu() -> None:
