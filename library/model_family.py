@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.data.loader import Batch
@@ -45,10 +43,6 @@ class ModelFamily(ABC):
         """Let a trained encoder keep less for the backward pass."""
 
     @abstractmethod
-    def encode_prompts(self, names: Sequence[str]) -> None:
-        """Encode the preview prompts with the encoders that training leaves as they are."""
-
-    @abstractmethod
     def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
         """Write the text encoders that are to be saved, the LoRA merged in; their paths."""
 
@@ -63,8 +57,8 @@ class ModelFamily(ABC):
     def vae_fingerprint(self) -> str: ...
 
     @abstractmethod
-    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images [B, 3, H, W] in -1..1 on the device -> raw latents, one draw of the posterior."""
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        """images [B, 3, H, W] in -1..1 and noise [B, 16, H/8, W/8], both on the device -> raw latents: a draw of the posterior."""
 
     @abstractmethod
     def normalise_latents(self, raw: Tensor) -> Tensor: ...

@@ -16,9 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from library.data.latent_cache import LatentCache, LatentCacheSettings
+from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache, LatentCacheSettings
 from library.data.loader import Batch, Loader, LoaderSettings
 from library.data.text_cache import TextCache, TextCacheSettings
 from library.model_family import ModelFamily
@@ -44,7 +45,7 @@ from library.training.out_of_memory import told_clearly
 from library.training.precision import choose_precision
 from library.training.progress import progress_bar
 from library.training.schedulers import build_schedule
-from library.training.seeds import DrawGenerators, mix_seed, seed_everything
+from library.training.seeds import DrawGenerators, seed_everything
 from library.training.step import DenoisingStep, StepInput, StepResult
 from networks.arguments import arguments_of
 from networks.base_weights import BaseWeights
@@ -158,7 +159,8 @@ class NetworkTrainer(ModelFamily):
         self.trained_encoders = [name for name in present if trains[name]]
         self.live_encoders = self.trained_encoders if args.cache_text_encoder_outputs else present
         ahead = [name for name in present if name not in self.live_encoders]
-        self.encode_prompts([name for name in present if name not in self.trained_encoders])
+        untrained = [name for name in present if name not in self.trained_encoders]
+        prompts = list(dict.fromkeys(text for p in plan.prompts for text in (p.prompt, p.negative_prompt)))
         if ahead:
             settings = TextCacheSettings(
                 fingerprint=self.text_stage.fingerprint(ahead),
@@ -168,11 +170,16 @@ class NetworkTrainer(ModelFamily):
                 cache_dir=path_or_none(args.cache_dir),
                 trust=args.skip_cache_check,
             )
-            self.texts = self._fill_texts(TextCache(plan.index.training, settings), ahead)
+            self.texts = self._fill_texts(TextCache(plan.index.training, settings, prompts), ahead)
             self.validation_texts = self._fill_texts(
                 TextCache(plan.index.validation, replace(settings, variants=None)), ahead
             )
-            self.text_stage.free(*ahead)
+            self.prompt_rows = {text: self.texts.of_text(text) for text in prompts}
+        else:
+            rows = (
+                self.text_stage.encode_ahead(prompts, untrained, args.text_encoder_batch_size or 1) if prompts else []
+            )
+            self.prompt_rows = dict(zip(prompts, rows))
 
     def cache_latents(self) -> None:
         """Encode images ahead where that is wanted; the VAE stays only for live encoding and previews."""
@@ -325,7 +332,9 @@ class NetworkTrainer(ModelFamily):
         raw = batch.latents
         if raw is None:
             assert batch.images is not None
-            raw = self.encode_images(batch.images, draws.device)
+            height, width = batch.images.shape[-2] // LATENT_CELL, batch.images.shape[-1] // LATENT_CELL
+            shape = (batch.images.shape[0], LATENT_CHANNELS, height, width)
+            raw = self.encode_images(batch.images, torch.randn(shape, generator=draws.device, device=self.device))
         return self.normalise_latents(raw)
 
     def doing(self, what: str) -> AbstractContextManager[None]:
@@ -339,7 +348,7 @@ class NetworkTrainer(ModelFamily):
         problems = cache.check(missing)
         if problems:
             raise UserError(problems)
-        if missing or not cache.settings.on_disk:
+        if missing or cache.missing_further():
             size = self.args.text_encoder_batch_size or 1
 
             def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -347,8 +356,14 @@ class NetworkTrainer(ModelFamily):
                     texts, names, size, lambda b: self._progress(b, "Encoding captions")
                 )
 
-            cache.fill(missing, encode, TEXTS_AT_ONCE)
+            cache.fill(self._share(cache, missing), encode, TEXTS_AT_ONCE)
+        self.accelerator.wait_for_everyone()
         return cache
+
+    def _share(self, cache: TextCache | LatentCache, missing: list[T]) -> list[T]:
+        """What this process makes of a cache: its part of one on disk; all of one in memory, which it has for itself."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return missing[rank::processes] if cache.settings.on_disk else missing
 
     def _fill_latents(self, cache: LatentCache) -> LatentCache:
         missing = cache.missing()
@@ -358,13 +373,12 @@ class NetworkTrainer(ModelFamily):
         if missing:
             if self.vae is None:
                 self.vae = self.load_vae()
-            draws = DrawGenerators(self.device)
 
-            def encode(images: Tensor) -> Tensor:
-                draws.place(mix_seed(self.plan.seed, "latents", images.shape[-1], images.shape[-2]))
-                return self.encode_images(images.to(self.device), draws.device)
+            def encode(images: Tensor, noise: Tensor) -> Tensor:
+                return self.encode_images(images.to(self.device), noise.to(self.device))
 
-            cache.fill(missing, encode, self.args.vae_batch_size, self._progress)
+            cache.fill(self._share(cache, missing), encode, self.args.vae_batch_size, self._progress)
+        self.accelerator.wait_for_everyone()
         return cache
 
     def _progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:

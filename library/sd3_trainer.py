@@ -222,13 +222,13 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return f"{fingerprint(self.plan.files.vae)};{'float32' if self.args.no_half_vae else self.precision.dtype}"
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        parts = []
-        for some in images.split(max(1, self.args.vae_batch_size)):
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        size = max(1, self.args.vae_batch_size)
+        raw = []
+        for some, part in zip(images.split(size), noise.split(size)):
             mean, log_variance = self.vae.encode(some)
-            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-            parts.append(sample_posterior(mean, log_variance, noise))
-        return torch.cat(parts)
+            raw.append(sample_posterior(mean, log_variance, part))
+        return torch.cat(raw)
 
     def normalise_latents(self, raw: Tensor) -> Tensor:
         return normalise(raw)
@@ -281,14 +281,6 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return self.denoiser(noisy, timesteps, context, pooled, pos_embed)
 
     # --- previews --------------------------------------------------------------------------------------------------
-
-    def encode_prompts(self, names: Sequence[str]) -> None:
-        """Texts of the preview prompts, from the encoders that training leaves as they are."""
-        texts = list(
-            dict.fromkeys(text for prompt in self.plan.prompts for text in (prompt.prompt, prompt.negative_prompt))
-        )
-        rows = self.text_stage.encode_ahead(texts, names, self.args.text_encoder_batch_size or 1) if texts else []
-        self.prompt_rows = dict(zip(texts, rows))
 
     def make_previewer(self) -> Previewer | None:
         args = self.args

@@ -6,6 +6,7 @@ own latents, and with masks the mask at latent size goes along.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +36,12 @@ from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-EncodeImages = Callable[[Tensor], Tensor]
-"""images [B, 3, H, W] float32 in -1..1 -> raw latents [B, 16, H / 8, W / 8]."""
+EncodeImages = Callable[[Tensor, Tensor], Tensor]
+"""images [B, 3, H, W] float32 in -1..1, noise [B, 16, H / 8, W / 8] -> raw latents: the posterior's mean plus noise times its deviation."""
 Wrap = Callable[[Sequence[Any], str], Any]
 """(batches, title) -> the batches behind a progress bar."""
 LATENT_CELL = 8
+LATENT_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,12 @@ class LatentCache:
 
     def _encode(self, batch: Sequence[Entry], pixels: Sequence[Pixels], encode: EncodeImages) -> None:
         images = to_tensor([p.image for p in pixels])
-        latents = encode(images).float().cpu()
+        latents = encode(images, torch.stack([posterior_noise(entry.record) for entry in batch])).float().cpu()
         flips = [index for index, entry in enumerate(batch) if entry.subset.flip_aug]
-        flipped = dict(zip(flips, encode(images[flips].flip(-1)).float().cpu())) if flips else {}
+        flipped: dict[int, Tensor] = {}
+        if flips:
+            noise = torch.stack([posterior_noise(batch[index].record, "flipped") for index in flips])
+            flipped = dict(zip(flips, encode(images[flips].flip(-1), noise).float().cpu()))
         for index, (entry, pixel) in enumerate(zip(batch, pixels)):
             tensors = {"latents": latents[index].clone()}
             if index in flipped:
@@ -161,6 +166,15 @@ class LatentCache:
             return True
         same_but_time = {**found, "mtime_ns": None} == {**wanted, "mtime_ns": None}
         return same_but_time and content_hash(entry.record.path) == found["content"]
+
+
+def posterior_noise(record: ImageRecord, kind: str = "") -> Tensor:
+    """[16, h, w] float32 ~ N(0, 1): of the image alone, so that its latents depend on neither batch nor order nor place."""
+    facts = f"{Path(record.path).name} {record.file_size} {record.bucket} {kind}"
+    seed = int.from_bytes(hashlib.blake2b(facts.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
+    width, height = record.bucket
+    shape = (LATENT_CHANNELS, height // LATENT_CELL, width // LATENT_CELL)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def to_tensor(images: Sequence[np.ndarray]) -> Tensor:

@@ -1,7 +1,7 @@
 """Text encoder outputs made once for each distinct caption: in memory, or in a file beside each image.
 
-An image has one text, or N random variants of it (`--text_cache_variants`), of which each fetch takes one. The empty caption
-is kept too, for caption dropout.
+An image has one text, or N random variants of it (`--text_cache_variants`), of which each fetch takes one. Further texts (the
+empty caption for dropout, preview prompts) are kept by themselves, so that a run with complete files loads no encoder.
 """
 
 from __future__ import annotations
@@ -37,24 +37,32 @@ class TextCacheSettings:
 class TextCache:
     """Outputs for all texts of some datasets. `get` after `fill`."""
 
-    def __init__(self, datasets: Sequence[IndexedDataset], settings: TextCacheSettings):
+    def __init__(self, datasets: Sequence[IndexedDataset], settings: TextCacheSettings, further: Sequence[str] = ()):
+        """further: texts that are wanted beside those of the images."""
         self.settings = settings
         self.paths = {
             (d, n): record.path for d, dataset in enumerate(datasets) for n, record in enumerate(dataset.records)
         }
         self.texts = {key: self._texts_of(datasets[key[0]], key[1]) for key in self.paths}
+        subsets = [subset.captions for dataset in datasets for subset in dataset.settings.subsets]
+        drops = any(s.caption_dropout_rate > 0 or s.caption_dropout_every_n_epochs > 0 for s in subsets)
+        self.further = list(dict.fromkeys([*([""] if drops else []), *further]))
         self.memory: dict[str, dict[str, Tensor]] = {}
+
+    def of_text(self, text: str) -> dict[str, Tensor]:
+        """The outputs of one of the further texts."""
+        return self.memory[text]
 
     def get(self, dataset: int, number: int, variant: int, dropped: bool) -> tuple[str, dict[str, Tensor]]:
         """The text that is fed and its outputs; `variant` in 0..variants-1 (0 without variants)."""
         texts = self.texts[dataset, number]
         text = "" if dropped else texts[variant % len(texts)]
-        if text in self.memory:
+        if text in self.memory:  # all texts of a cache in memory; the empty caption always
             return text, self.memory[text]
         found = read_cache(self._path(dataset, number))
-        place = "" if text == texts[0] else f"{SEPARATOR}{texts.index(text)}"
+        place = texts.index(text)  # equal variants share the outputs of the first of them
         names = [name for name in found if SEPARATOR not in name]
-        return text, {name: found[f"{name}{place}"] for name in names}
+        return text, {name: found[f"{name}{SEPARATOR}{place}" if place else name] for name in names}
 
     def missing(self) -> list[tuple[int, int]]:
         """The images whose texts are not there, or are stale: another caption, token length, mask setting or encoder."""
@@ -66,25 +74,36 @@ class TextCache:
             fresh = pool.map(self._is_fresh, self.texts)
             return [key for key, is_fresh in zip(self.texts, fresh) if not is_fresh]
 
+    def missing_further(self) -> list[str]:
+        """The further texts that are not there, or are stale. Those that are in files are read into memory."""
+        for text in self.further:
+            path = self._further_path(text)
+            if text not in self.memory and path is not None and read_made_from(path) == self._further_made_from(text):
+                self.memory[text] = read_cache(path)
+        return [text for text in self.further if text not in self.memory]
+
     def check(self, missing: Sequence[tuple[int, int]]) -> list[str]:
         return check_writable({self._path(*key).parent for key in missing}) if self.settings.on_disk else []
 
     def fill(self, missing: Sequence[tuple[int, int]], encode: EncodeCaptions, chunk: int = 1024) -> None:
-        """Encode each distinct text of the missing images once, `chunk` texts a call, and the empty caption."""
-        if "" not in self.memory:
-            self.memory[""] = encode([""])[0]
+        """Encode each distinct text of the missing images once, `chunk` texts a call, and the further texts that are missing."""
+        further = self.missing_further()
+        for text, found in zip(further, encode(further) if further else []):
+            self.memory[text] = found
+            path = self._further_path(text)
+            if path is not None:
+                write_cache(path, found, self._further_made_from(text))
         if not self.settings.on_disk:
-            wanted = dict.fromkeys(text for key in missing for text in self.texts[key] if text not in self.memory)
-            todo = list(wanted)
+            todo = list(dict.fromkeys(text for key in missing for text in self.texts[key] if text not in self.memory))
             for start in range(0, len(todo), chunk):
                 part = todo[start : start + chunk]
                 self.memory.update(zip(part, encode(part)))
             return
         for group in self._grouped(missing, chunk):
             distinct = list(dict.fromkeys(text for key in group for text in self.texts[key]))
-            found = dict(zip(distinct, encode(distinct)))
+            outputs = dict(zip(distinct, encode(distinct)))
             for key in group:
-                self._write(key, found)
+                self._write(key, outputs)
 
     def _grouped(self, missing: Sequence[tuple[int, int]], chunk: int) -> list[list[tuple[int, int]]]:
         """Images in groups of about `chunk` texts; images that share their texts are in one group."""
@@ -102,7 +121,8 @@ class TextCache:
 
     def _write(self, key: tuple[int, int], found: dict[str, dict[str, Tensor]]) -> None:
         tensors = {}
-        for place, text in enumerate(self.texts[key]):
+        for text in dict.fromkeys(self.texts[key]):
+            place = self.texts[key].index(text)
             suffix = f"{SEPARATOR}{place}" if place else ""
             tensors.update({f"{name}{suffix}": tensor for name, tensor in found[text].items()})
         write_cache(self._path(*key), tensors, self._made_from(key))
@@ -113,17 +133,30 @@ class TextCache:
         if self.settings.variants is None:
             return [CaptionPipeline(subset.captions, 1).deterministic(record.caption)]
         pipeline = CaptionPipeline(subset.captions, 1)
-        return list(dict.fromkeys(pipeline.variants(record.caption, self.settings.variants, self.settings.seed)))
+        return pipeline.variants(record.caption, self.settings.variants, self.settings.seed)
 
     def _path(self, dataset: int, number: int) -> Path:
         return cache_path(self.paths[dataset, number], "text", self.settings.cache_dir)
 
+    def _further_path(self, text: str) -> Path | None:
+        """Where a text that belongs to no image is kept: in cache_dir, or beside the first image."""
+        first = next(iter(self.paths.values()), None)
+        if not self.settings.on_disk or first is None:
+            return None
+        return (self.settings.cache_dir or Path(first).parent) / f"further-{_digest(text)}.text.safetensors"
+
     def _made_from(self, key: tuple[int, int]) -> dict[str, object]:
-        digests = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in self.texts[key]]
-        return {"captions": digests, "encoders": self.settings.fingerprint}
+        return {"captions": [_digest(text) for text in self.texts[key]], "encoders": self.settings.fingerprint}
+
+    def _further_made_from(self, text: str) -> dict[str, object]:
+        return {"format": FORMAT, "captions": [_digest(text)], "encoders": self.settings.fingerprint}
 
     def _is_fresh(self, key: tuple[int, int]) -> bool:
         return read_made_from(self._path(*key)) == {"format": FORMAT, **self._made_from(key)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def refuse_lost_chance(datasets: Sequence[IndexedDataset], variants: int | None) -> None:
