@@ -228,7 +228,9 @@ def _kohya_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
     for path in paths:
         bare = path.removeprefix("transformer.")
         block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", bare)
-        places = [(name, layers.index(block[2])) for name, layers in BLOCK_LAYERS.items() if block and block[2] in layers]
+        places = [
+            (name, layers.index(block[2])) for name, layers in BLOCK_LAYERS.items() if block and block[2] in layers
+        ]
         others = [name for name, other in OTHER_LAYERS.items() if bare == other]
         own = "lora_unet_" + path.removeprefix("diffusion_model.").replace(".", "_")
         if block and places:
@@ -238,7 +240,9 @@ def _kohya_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
         elif others:
             found[path] = ("lora_unet_" + others[0], 0)
         else:
-            found |= {path: (name, 0) for name in [_text_name(path)] if name is not None}
+            name = _text_name(path)
+            if name is not None:
+                found[path] = (name, 0)
     return found
 
 

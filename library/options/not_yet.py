@@ -24,6 +24,5 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "fp16_master_weights_and_gradients": _DEEPSPEED,
         "memory_plan": _PLAN,
         "vram": _PLAN,
-        "save_format": "files are written in kohya's layout alone",
     }
 )

@@ -1,0 +1,123 @@
+"""What the tools for LoRA files share: reading either layout, writing with true hashes, and how a tool ends."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.files import save_safetensors
+from library.options.errors import UserError
+from library.sd3.checkpoint import read_header
+from library.training.model_hash import lora_hashes
+from networks.diffusers_layout import ADAPTER_CONFIG, is_diffusers, to_kohya
+from networks.weight_files import PICKLED, group_by_layer, read_network_file
+
+DTYPES = {
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+STALE = ("sshs_model_hash", "sshs_legacy_hash", ADAPTER_CONFIG)  # keys of metadata that are true of one file alone
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    path: Path
+    tensors: dict[str, Tensor]  # in kohya's layout, on the CPU
+    metadata: dict[str, str]
+    layout: str  # of the file: "kohya" or "diffusers"
+
+    @property
+    def layers(self) -> dict[str, dict[str, Tensor]]:
+        """LoRA name -> suffix -> tensor."""
+        return group_by_layer(self.tensors, self.path)
+
+
+def read_lora(path: str | Path) -> LoraFile:
+    """A LoRA file of kohya's, diffusers' or PEFT's layout. UserError where it can't be read or is none."""
+    path = Path(path)
+    tensors = read_network_file(path)
+    metadata = {} if path.suffix in PICKLED else read_header(path).metadata
+    if not tensors:
+        raise UserError(f"{path} holds no tensors.")
+    if is_diffusers(tensors):
+        return LoraFile(path, to_kohya(tensors, metadata, str(path)), metadata, "diffusers")
+    group_by_layer(tensors, path)
+    return LoraFile(path, tensors, metadata, "kohya")
+
+
+def save_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA file whole or not at all, with the hashes that are now true of it."""
+    kept = {key: value for key, value in metadata.items() if key not in STALE}
+    save_safetensors(path, tensors, kept | lora_hashes(tensors, kept))
+
+
+def check_target(path: Path, force: bool, sources: Iterable[Path] = ()) -> None:
+    """UserError where writing would lose a file of the user's: one that is there, or a source, unless `force` allows the first."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: the result is a .safetensors file; give a name that ends so.")
+    if any(path.exists() and source.exists() and path.samefile(source) for source in sources):
+        raise UserError(f"{path} is one of the files that are read. Give the result another name.")
+    check_free(path, force)
+
+
+def check_free(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file.")
+    if path.exists() and not force:
+        raise UserError(f"{path} is there already. Give another name, or --force to replace it.")
+
+
+def in_precision(tensors: Mapping[str, Tensor], precision: str | None) -> dict[str, Tensor]:
+    """Tensors in the dtype of --save_precision; None: as they are. Single numbers stay as they are."""
+    dtype = DTYPES[precision] if precision else None
+    return {key: tensor if dtype is None or tensor.dim() == 0 else tensor.to(dtype) for key, tensor in tensors.items()}
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--save_to", "--output", type=Path, required=True, metavar="FILE", help="the .safetensors file to write"
+    )
+    parser.add_argument(
+        "--save_precision",
+        choices=sorted(DTYPES),
+        help="the precision of the tensors in the file; default: as in the input, float where that would lose digits",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the output file if it is there")
+
+
+def tool_parser(description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_tool(tool: Callable[[], int]) -> int:
+    """Run a tool's work and return the exit code: 2 where there is something for the user to mend, which is then said."""
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr, force=True)
+    try:
+        return tool()
+    except UserError as error:
+        print(error.as_text(), file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.", file=sys.stderr)
+    return 2
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of texts as aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:<{width}}" if not place else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
