@@ -110,10 +110,9 @@ class RunReport:
             self.box.picture(Path(record.path), record.caption or Path(record.path).name, THUMBNAIL_SIDE)
             for record in dataset.records[::every][:MOST_THUMBNAILS]
         ]
-        width, height = settings.resolution
-        title = (
-            f"{settings.name}, {use}: {len(dataset.records)} images, {width}x{height}, batch size {settings.batch_size}"
-        )
+        count, (width, height) = len(dataset.records), settings.resolution
+        images = "1 image" if count == 1 else f"{count} images"
+        title = f"{settings.name}, {use}: {images}, {width}x{height}, batch size {settings.batch_size}"
         return DatasetSection(title, rows, [picture for picture in shown if picture is not None])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from library.files import atomic_write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
 CELL = 256  # pixels of a preview's longer side
 MOST_COLUMNS = 16
 TITLE_HEIGHT, TEXT_HEIGHT, GAP = 24, 22, 6
@@ -66,8 +68,11 @@ def columns_of(records: Sequence[PreviewRecord], most: int = MOST_COLUMNS) -> li
 
 
 def write_sheet(path: Path, records: Sequence[PreviewRecord]) -> None:
-    """Draw the sheet of all `records` whose pictures can still be read."""
-    from PIL import Image, ImageDraw
+    """Draw the sheet of all `records` whose pictures can still be read.
+
+    It stands for nothing that could be lost: where it cannot be written, that is said and training goes on.
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
     columns = columns_of([record for record in records if record.path.exists()])
     if not columns:
@@ -76,19 +81,26 @@ def write_sheet(path: Path, records: Sequence[PreviewRecord]) -> None:
     rows = {index: row for row, index in enumerate(sorted(prompts))}
     width = len(columns) * (CELL + GAP) + GAP
     sheet = Image.new("RGB", (width, TITLE_HEIGHT + len(rows) * (CELL + TEXT_HEIGHT + GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number, column in enumerate(columns):
         left = GAP + number * (CELL + GAP)
-        draw.text((left, 6), column[0].title, fill="black")
+        draw.text((left, 4), column[0].title, fill="black", font=font)
         for record in column:
-            image = fitted(record.image(), CELL)
+            try:
+                image = fitted(record.image(), CELL)
+            except OSError as error:  # removed or cut short since; other programs may tidy the folder
+                logger.warning("%s: this preview cannot be read and is left out of the sheet (%s)", record.path, error)
+                continue
             top = TITLE_HEIGHT + rows[record.index] * (CELL + TEXT_HEIGHT + GAP) + TEXT_HEIGHT
             sheet.paste(image, (left + (CELL - image.width) // 2, top))
     for index, row in rows.items():
         top = TITLE_HEIGHT + row * (CELL + TEXT_HEIGHT + GAP)
-        draw.text((GAP, top + 5), _drawable(prompts[index], width // 7), fill="black")
-    with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        draw.text((GAP, top + 2), _drawable(prompts[index], width // 8), fill="black", font=font)
+    try:
+        with atomic_write(path) as temporary:
+            sheet.save(temporary, format="PNG")
+    except OSError as error:
+        logger.warning("%s: the sheet of previews cannot be written (%s); training goes on", path, error)
 
 
 def fitted(image: Image, side: int) -> Image:
