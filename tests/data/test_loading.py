@@ -1,0 +1,146 @@
+"""Batches: a function of seed and epoch alone, whole and disjoint over processes, the same for any number of workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.data.batches import BatchPlan
+from library.data.loader import Batch, Loader, LoaderSettings
+from tests.data.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
+
+SETTINGS = LoaderSettings(seed=3, steps_per_epoch=4, accumulation=1, max_train_steps=40)
+CHANCE = {
+    "flip_aug": True,
+    "color_aug": True,
+    "random_crop": True,
+    "shuffle_caption": True,
+    "caption_dropout_rate": 0.3,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folder_of_images(tmp_path, 7)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    def same(x, y) -> bool:
+        if isinstance(x, torch.Tensor):
+            return torch.equal(x, y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+        return x == y
+
+    return all(same(getattr(a, name), getattr(b, name)) for name in vars(a))
+
+
+def test_every_image_comes_as_often_as_its_repeats_and_no_batch_mixes_buckets(folder: Path):
+    datasets = datasets_of(folder, train_batch_size=3)
+    plan = BatchPlan(datasets, seed=1)
+    seen = Counter(record for spec in plan.epoch(0) for record, _ in spec.items)
+    assert seen == dict.fromkeys(range(7), 2)
+    for spec in plan.epoch(0):
+        assert {datasets[0].records[number].bucket for number, _ in spec.items} == {spec.bucket}
+        assert 1 <= len(spec.items) <= 3
+    assert plan.images_per_epoch == sum(plan.samples(0)) == 14
+
+
+def test_epochs_differ_and_each_is_the_same_every_time(folder: Path):
+    a, b = (BatchPlan(datasets_of(folder, train_batch_size=2), seed=1) for _ in range(2))
+    assert a.epoch(3) == b.epoch(3) and a.epoch(0) != a.epoch(1)
+    assert a.epoch(3) == b.epoch(3)
+    assert BatchPlan(a.datasets, seed=2).epoch(0) != a.epoch(0)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_the_processes_shares_are_disjoint_complete_and_equally_long(folder: Path, processes: int):
+    plan = BatchPlan(datasets_of(folder, train_batch_size=2), seed=1, world_size=processes)
+    shares = [plan.share(0, rank) for rank in range(processes)]
+    assert {len(share) for share in shares} == {plan.batches_per_epoch}
+    items = [item for share in shares for spec in share if not spec.filler for item in spec.items]
+    assert len(items) == len(set(items)) == 14
+    rounds = [
+        sum(len(share[i].items) for share in shares if not share[i].filler) for i in range(plan.batches_per_epoch)
+    ]
+    assert rounds == plan.samples(0)
+
+
+def test_a_filler_weighs_nothing(folder: Path):
+    plan = BatchPlan(datasets_of(folder, train_batch_size=4), seed=1, world_size=3)
+    rank = next(r for r in range(3) if plan.share(0, r)[-1].filler)
+    last = list(Loader(plan, replace(SETTINGS, rank=rank)).batches(0))[-1]
+    assert last.loss_weights.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_batches(folder: Path, workers: int):
+    plan = BatchPlan(datasets_of(folder, train_batch_size=2, **CHANCE), seed=1)
+    alone = list(Loader(plan, SETTINGS).batches(1))
+    many = list(Loader(plan, replace(SETTINGS, workers=workers, persistent=True)).batches(1))
+    assert len(alone) == len(many) and all(equal(a, b) for a, b in zip(alone, many))
+
+
+def test_it_goes_on_at_any_batch(folder: Path):
+    plan = BatchPlan(datasets_of(folder, train_batch_size=2, **CHANCE), seed=1)
+    whole = list(Loader(plan, SETTINGS).batches(2))
+    for start in range(len(whole)):
+        rest = list(Loader(plan, SETTINGS).batches(2, start))
+        assert len(rest) == len(whole) - start and all(equal(a, b) for a, b in zip(whole[start:], rest))
+
+
+def test_chance_differs_between_epochs_and_repeats(folder: Path):
+    plan = BatchPlan(datasets_of(folder, train_batch_size=1, shuffle_caption=True), seed=1)
+    captions = {
+        caption for epoch in range(4) for batch in Loader(plan, SETTINGS).batches(epoch) for caption in batch.captions
+    }
+    assert len(captions) > 6
+
+
+def test_caches_are_read_with_their_flips_masks_and_dropped_captions(folder: Path):
+    datasets = datasets_of(folder, train_batch_size=2, flip_aug=True, alpha_mask=True, caption_dropout_rate=0.5)
+    encoders = Encoders()
+    latents, texts = filled_latents(datasets, encoders), filled_texts(datasets, encoders)
+    loader = Loader(BatchPlan(datasets, seed=1), SETTINGS, latents, texts)
+    dropped = flipped = 0
+    for epoch in range(4):
+        for batch in loader.batches(epoch):
+            assert batch.images is None and batch.mask.shape == (len(batch.paths), 1, *batch.latents.shape[2:])
+            for index, path in enumerate(batch.paths):
+                number = next(n for n, r in enumerate(datasets[0].records) if r.path == path)
+                is_flipped = torch.equal(batch.latents[index], latents.get(0, number, True)[0])
+                wanted, mask = latents.get(0, number, is_flipped)
+                assert torch.equal(batch.latents[index], wanted) and torch.equal(batch.mask[index], mask)
+                assert batch.text["clip_l"][index, 0, 0] == len(batch.captions[index])
+                flipped += is_flipped
+                dropped += batch.captions[index] == ""
+    assert 10 < flipped < 46 and 10 < dropped < 46
+
+
+def test_settings_of_a_dataset_reach_the_batch(tmp_path: Path):
+    from library.data.command_line import CommandLineData
+    from library.data.config import read_datasets
+    from library.data.index import build_index
+
+    folder_of_images(tmp_path, 2)
+    path = tmp_path / "d.toml"
+    path.write_text(
+        f"""
+[[datasets]]
+resolution = 64
+network_multiplier = 0.5
+  [[datasets.subsets]]
+  image_dir = {str(tmp_path / "2_thing")!r}
+  caption_extension = ".txt"
+  custom_attributes = {{ diff_output_preservation = true }}
+""",
+        encoding="utf-8",
+    )
+    datasets = build_index(read_datasets(str(path), CommandLineData())).training
+    batch = next(iter(Loader(BatchPlan(datasets, seed=1), SETTINGS).batches(0)))
+    assert batch.network_multiplier == 0.5 and batch.preserve.tolist() == [True]
+    assert batch.images.shape == (1, 3, 64, 64) and -1 <= batch.images.min() < batch.images.max() <= 1
