@@ -64,10 +64,7 @@ class NetworkTrainer(ModelFamily):
 
     def train(self) -> Path | None:
         """The whole run. Returns the path of the LoRA; None for a dry run."""
-        self.start_processes()
-        if self.args.resume_from_huggingface and not self.problems:
-            self.args.resume = str(self.fetch_state())
-        self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
+        self.prepare()
         if self.args.dry_run or self.args.debug_dataset:
             self.show_plan()
             return None
@@ -83,6 +80,13 @@ class NetworkTrainer(ModelFamily):
         self.make_loaders()
         with self.doing("training"):
             return self.run()
+
+    def prepare(self) -> None:
+        """Find the devices and work out the run. Headers alone are read, and every mistake of the user is told."""
+        self.start_processes()
+        if self.args.resume_from_huggingface and not self.problems:
+            self.args.resume = str(self.fetch_state())
+        self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
 
     # --- the steps -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,32 @@ def test_an_edited_caption_is_seen_at_once(workshop: Workshop, own_images: Path,
     (own_images / "2_cat" / "0.txt").write_text("a dog", encoding="utf-8")
     assert main(words(workshop, own_images, tmp_path / "b")) == 0
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_the_caching_tools_fill_what_training_reads(workshop: Workshop, own_images: Path, tmp_path: Path, monkeypatch):
+    """By their real commands; then training loads nothing."""
+    tools = Path(__file__).resolve().parents[2] / "tools"
+    images = (
+        "--train_data_dir",
+        str(own_images),
+        "--caption_extension",
+        ".txt",
+        "--resolution",
+        "64",
+        *DROPPED,
+        "--flip_aug",
+    )
+    for name in ("cache_latents.py", "cache_text_encoder_outputs.py"):
+        command = [sys.executable, str(tools / name), "--pretrained_model_name_or_path", str(workshop.model), *images]
+        done = subprocess.run([*command, "--network_train_unet_only"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded for nothing")
+
+    for name in ("library.sd3.text_stage.load_clip", "library.sd3.text_stage.load_t5", "library.sd3_trainer.load_vae"):
+        monkeypatch.setattr(name, loaded)
+    assert main(words(workshop, own_images, tmp_path / "warm")) == 0
+    broken = [sys.executable, str(tools / "cache_latents.py"), "--dataset_config", "none.toml"]
+    done = subprocess.run(broken, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "none.toml" in done.stderr

@@ -1,0 +1,40 @@
+"""What the two caching tools share: the trainer's own options and its own caching, without training."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from library.options.errors import UserError
+from library.options.resolve import resolve_options
+
+if TYPE_CHECKING:
+    from library.network_trainer import NetworkTrainer
+
+
+def run_cache(arguments: list[str] | None, switch: str, fill: Callable[[NetworkTrainer], None]) -> int:
+    """Fill a cache with the options of sd3_train_network.py. Those of the LoRA and its output may be left out."""
+    import logging
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with tempfile.TemporaryDirectory() as unused:
+        defaults = {"--output_dir": unused, "--network_module": "networks.lora_sd3"}
+        given = {word.split("=")[0] for word in words}
+        for option, value in defaults.items():
+            words += [] if option in given else [option, value]
+        try:
+            options = resolve_options([*words, switch])
+            logging.basicConfig(
+                level="INFO", format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True
+            )
+            from library.sd3_trainer import Sd3NetworkTrainer
+
+            trainer = Sd3NetworkTrainer(options.args, options.problems)
+            trainer.prepare()
+            fill(trainer)
+        except UserError as error:
+            print(error.as_text(), file=sys.stderr)
+            return 2
+    return 0
