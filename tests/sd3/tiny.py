@@ -165,10 +165,12 @@ def tiny_checkpoint(
     return save_single_file(path, tiny_parts(kind, seed, **mmdit_sizes), dtype)
 
 
-def tiny_model_folder(folder: Path, kind: str = "medium", seed: int = 0, dtype: torch.dtype | None = None) -> Path:
+def tiny_model_folder(
+    folder: Path, kind: str = "medium", seed: int = 0, dtype: torch.dtype | None = None, **mmdit_sizes: int
+) -> Path:
     """A checkpoint with its tokenizers beside it; returns the checkpoint's path."""
     save_tokenizers(folder / "tokenizers")
-    return tiny_checkpoint(folder / "tiny_sd3.safetensors", kind, seed, dtype)
+    return tiny_checkpoint(folder / "tiny_sd3.safetensors", kind, seed, dtype, **mmdit_sizes)
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
