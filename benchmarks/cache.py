@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="an SD3 checkpoint; the demo's will do")
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="an SD3 checkpoint (the demo's takes up to 192 pixels)")
     parser.add_argument("--images", type=int, default=64, help="how many images to make and encode (64)")
     parser.add_argument("--resolution", type=int, default=512, help="their side in pixels (512)")
     parser.add_argument("--vae_batch_size", type=int, default=4, help="images a VAE call (4)")
