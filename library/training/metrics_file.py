@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from library.files import write_text
 
+logger = logging.getLogger(__name__)
 NOT_A_CURVE = frozenset(["step", "epoch", "index"])
 
 
@@ -51,12 +54,20 @@ class MetricsFile:
         return kept
 
     def write(self, record: Mapping[str, Any]) -> None:
-        if self._file is not None:
+        """A record that cannot be written, on a full disk say, ends the file and not the run."""
+        if self._file is None:
+            return
+        try:
             self._file.write(_line(record))
+        except OSError as error:
+            logger.warning("%s: no more can be written (%s); training goes on without it", self.path, error)
+            self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # it still holds what could not be written, which was told
+                file.close()
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """The whole records; a line that a crash cut short is left out."""

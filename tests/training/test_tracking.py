@@ -110,6 +110,18 @@ def test_numbers_that_are_not_finite_are_still_json(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "x.jsonl") == [{"step": 1, "a": None, "b": None, "c": "text"}]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_ends_the_file_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = MetricsFile(tmp_path / "x.jsonl")
+    file.open(0)
+    file.close()
+    file._file = Path("/dev/full").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - write and close are tested
+    for step in range(3):
+        file.write({"step": step})
+    file.close()
+    assert len(caplog.messages) == 1 and "training goes on" in caplog.text
+
+
 def test_curves_hold_the_numbers_by_name() -> None:
     curves = Curves()
     curves.add({"step": 1, "epoch": 1, "loss": 0.5, "prompt": "x"})
@@ -153,6 +165,27 @@ def test_a_tracker_file_that_is_wrong_is_told_with_its_path(tmp_path: Path, text
     assert str(file) in problem and "--log_tracker_config" in problem
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "told"),
+    [
+        ("tensorboard", "flush_sec = 3", "flush_secs"),
+        ("tensorboard", 'log_dir = "x"', "--logging_dir"),
+        ("wandb", "enttiy = 1", "entity"),
+        ("wandb", 'project = "x"', "--log_tracker_name"),
+    ],
+)
+def test_an_argument_that_a_tracker_does_not_take_is_told_before_training(
+    tmp_path: Path, name: str, line: str, told: str
+) -> None:
+    pytest.importorskip(name)
+    file = tmp_path / "trackers.toml"
+    file.write_text(f"[{name}]\n{line}\n", encoding="utf-8")
+    (problem,) = tracking_problems(TrackingSettings((name,), tmp_path, arguments_file=file))
+    assert line.split(" ")[0] in problem and told in problem and f"[{name}]" in problem
+    file.write_text({"tensorboard": "[tensorboard]\nflush_secs = 5\n", "wandb": '[wandb]\nentity = "team"\n'}[name])
+    assert tracking_problems(TrackingSettings((name,), tmp_path, run_name="mine", arguments_file=file)) == []
+
+
 def test_a_tracker_that_is_not_installed_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (problem,) = tracking_problems(TrackingSettings(("wandb",)))
@@ -182,6 +215,30 @@ def test_tensorboard_gets_scalars_and_previews_under_their_names(tmp_path: Path)
     assert (image.width, image.height, image.step) == (8, 16, 3)
 
 
+def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from accelerate import Accelerator
+    from accelerate.tracking import TensorBoardTracker
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    trackers = Trackers(
+        Accelerator(cpu=True, log_with=["tensorboard"], project_dir=tmp_path),
+        TrackingSettings(("tensorboard",), tmp_path),
+    )
+    monkeypatch.setattr(TensorBoardTracker, "log", full)
+    for step in range(3):
+        trackers.scalars({"loss/current": 1.0}, step, step, 0)
+    trackers.close()
+    assert [record.getMessage() for record in caplog.records if "No space" in record.getMessage()] == [
+        "A tracker failed, and may miss values: OSError: [Errno 28] No space left on device"
+    ]
+    trackers.scalars({"loss/current": 1.0}, 9, 9, 0)  # after the end: nothing, and no error
+
+
 WANDB_RUN = """
 import sys
 from pathlib import Path
@@ -196,6 +253,19 @@ trackers.scalars({"loss/current": 0.5}, x=3, step=3, epoch=1)
 trackers.images([(0, "a cat", Image.new("RGB", (8, 8), "red"))], step=3, epoch=1)
 trackers.close()
 """
+
+
+def test_wandb_without_a_key_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    from accelerate import Accelerator
+
+    def fails(*_: object, **__: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    accelerator = Accelerator(cpu=True, log_with=["wandb"])
+    monkeypatch.setattr(accelerator, "init_trackers", fails)
+    with pytest.raises(UserError, match=r"No API key.*WANDB_MODE=offline"):
+        Trackers(accelerator, TrackingSettings(("wandb",), tmp_path))
 
 
 def test_wandb_gets_values_offline_and_never_the_key(tmp_path: Path) -> None:
