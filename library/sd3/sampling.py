@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,15 +24,6 @@ SAMPLERS = {
     "dpmpp_2m": "dpmpp_2m",
 }
 """Names that `--sample_sampler` and `--ss` may have, and the sampler that each means."""
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    steps: int = 30
-    shift: float = 3.0
-    guidance: float = 7.5  # 1: no guidance, and no second prediction
-    sampler: str = "euler"  # a value of SAMPLERS
-    split_guidance: bool = False  # predict with and without prompt one after the other: half the memory
 
 
 def preview_sigmas(steps: int, shift: float = 3.0) -> Tensor:

@@ -88,7 +88,7 @@ def write_sheet(path: Path, records: Sequence[PreviewRecord]) -> None:
         for record in column:
             try:
                 image = fitted(record.image(), CELL)
-            except OSError as error:  # removed or cut short since; other programs may tidy the folder
+            except (OSError, SyntaxError, ValueError) as error:  # Pillow's three for a file that was cut or changed
                 logger.warning("%s: this preview cannot be read and is left out of the sheet (%s)", record.path, error)
                 continue
             top = TITLE_HEIGHT + rows[record.index] * (CELL + TEXT_HEIGHT + GAP) + TEXT_HEIGHT

@@ -6,7 +6,7 @@ Regularisation images are counted but their captions are left out, as there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,20 @@ def tag_frequency(dataset: IndexedDataset) -> TagFrequency:
                 for line in record.caption.split("\n"):
                     counter.update(tag.strip().lower() for tag in line.split(",") if tag.strip())
     return {name: dict(counter) for name, counter in found.items()}
+
+
+def with_commonest_tags(facts: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """The facts of a run with no more than `most` tags of each folder, wherever tags are counted."""
+
+    def cut(frequencies: TagFrequency) -> TagFrequency:
+        return {name: dict(Counter(tags).most_common(most)) for name, tags in frequencies.items()}
+
+    found = dict(facts)
+    if "ss_tag_frequency" in found:
+        found["ss_tag_frequency"] = cut(found["ss_tag_frequency"])
+    if "ss_datasets" in found:
+        found["ss_datasets"] = [{**d, "tag_frequency": cut(d["tag_frequency"])} for d in found["ss_datasets"]]
+    return found
 
 
 def bucket_info(dataset: IndexedDataset) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,9 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from library.training.dataset_facts import with_commonest_tags
 from library.training.model_hash import FileHashes, legacy_file_hash, lora_hashes
 from library.training.modelspec import ModelSpec, modelspec_metadata
 
+logger = logging.getLogger(__name__)
+LARGEST_TEXT = 16 << 20  # characters; safetensors writes no header of more than 100 MB, and every reader loads it all
+MOST_TAGS = 16384  # of a folder, where all of them are too many
 KEPT_WITHOUT_METADATA = (
     "ss_v2",
     "ss_base_model_version",
@@ -79,7 +84,7 @@ class FileMetadata:
         self.facts = facts
         files = [path for path in (facts.family.base_file, facts.family.vae_file) if path is not None]
         self.hashes = FileHashes([] if facts.minimal else files)
-        self.of_run = {**as_texts(facts.training), **({} if facts.minimal else as_texts(_file_facts(facts.family)))}
+        self.of_run = {**_fitting(facts.training), **({} if facts.minimal else as_texts(_file_facts(facts.family)))}
         if facts.minimal:
             self.of_run = {key: value for key, value in self.of_run.items() if key in KEPT_WITHOUT_METADATA}
 
@@ -102,8 +107,22 @@ class FileMetadata:
 
 
 def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as sd-scripts writes them: str() of each, JSON of dictionaries and lists of them."""
-    return {key: _as_text(value) for key, value in values.items()}
+    """Values as sd-scripts writes them: str() of each, JSON of dictionaries and lists of them.
+
+    Names of folders may hold bytes that are no text; in their place stands "?", as a file's header must be UTF-8.
+    """
+    return {key: _as_text(value).encode("utf-8", "replace").decode() for key, value in values.items()}
+
+
+def _fitting(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts as texts of at most LARGEST_TEXT: of very many captions the rarest tags are left out."""
+    texts, most = as_texts(facts), MOST_TAGS
+    while most and sum(map(len, texts.values())) > LARGEST_TEXT:
+        logger.warning(
+            "The metadata of the captions is too long for a file; the %d commonest of each folder stay.", most
+        )
+        texts, most = as_texts(with_commonest_tags(facts, most)), most // 4
+    return texts
 
 
 def _as_text(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Preview images while training goes on.
 
-They leave training as they found it: noise comes from a generator of its own, torch's and Python's random states are put
-back, the LoRA's dropout is off while they are made.
+They leave training as they found it: noise comes from a generator of its own, the random states of torch, numpy and Python
+are put back, the LoRA's dropout is off while they are made.
 """
 
 from __future__ import annotations
@@ -72,11 +72,14 @@ class Previewer:
 
     def make(self, when: str, modules: Sequence[nn.Module]) -> list[Preview]:
         """Make this process's share of the previews. when: "e000001" or "000100", see `moment`. modules: put in eval mode meanwhile."""
-        previews = []
+        previews: list[Preview] = []
         with undisturbed(modules):
             own = list(enumerate(self.prompts))[self.settings.rank :: self.settings.world_size]
             for index, prompt in progress_bar(own, "Previews", shown=self.settings.rank == 0):
-                previews.append(self._make_one(index, prompt, when))
+                try:
+                    previews.append(self._make_one(index, prompt, when))
+                except OSError as error:  # a full disk, say: a preview is not worth the run
+                    logger.warning("Preview %d cannot be written (%s); training goes on", index, error)
         return previews
 
     def _make_one(self, index: int, prompt: PreviewPrompt, when: str) -> Preview:
@@ -150,7 +153,7 @@ def moment(step: int, epoch: int | None) -> str:
 def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Modules in eval mode and no gradient inside; afterwards modes and random states are as before."""
     modes = [[(module, module.training) for module in each.modules()] for each in modules]
-    python, cpu = random.getstate(), torch.get_rng_state()
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     for module in modules:
         module.eval()
@@ -162,6 +165,7 @@ def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
             for module, training in module_modes:
                 module.training = training
         random.setstate(python)
+        np.random.set_state(arrays)
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.errors import Problems, UserError
+from library.options.groups.sampling import SAMPLERS as KNOWN_SAMPLERS
 from library.sd3.sampling import SAMPLERS
 
 if sys.version_info >= (3, 11):
@@ -98,12 +99,12 @@ def _from_lines(text: str, where: str, problems: Problems, unsupported: dict[str
 
 
 def _from_line(line: str, place: str, problems: Problems, unsupported: dict[str, str]) -> PreviewPrompt | None:
-    prompt, *options = re.split(r"(?:^|\s)--(?=[a-z]+(?:\s|$))", line)
+    prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z]+(?:\s|$))", line)
     given: dict[str, Any] = {"prompt": prompt.strip()}
     for option in options:
         key, _, value = str(option).strip().partition(" ")
-        _take(given, key, value.strip(), f"--{key}", place, problems, unsupported)
-    return _made(given, place, problems)
+        _take(given, key.lower(), value.strip(), f"--{key}", place, problems, unsupported)
+    return _made(given, place, problems, unsupported)
 
 
 def _from_toml(text: str, where: str, problems: Problems, unsupported: dict[str, str]) -> list[PreviewPrompt]:
@@ -150,7 +151,7 @@ def _from_dictionary(
         else:
             problems.add(f"{place}: prompt must be a text, not {value!r}.")
             return None
-    return _made(given, place, problems)
+    return _made(given, place, problems, unsupported)
 
 
 def _take(
@@ -192,16 +193,15 @@ def _finite(value: Any) -> float:
 _NUMBERS: dict[type, Callable[[Any], Any]] = {int: _whole, float: _finite}
 
 
-def _made(given: dict[str, Any], place: str, problems: Problems) -> PreviewPrompt | None:
+def _made(given: dict[str, Any], place: str, problems: Problems, unsupported: dict[str, str]) -> PreviewPrompt | None:
     if "prompt" not in given:
         problems.add(f"{place}: there is no prompt.")
         return None
-    if given.get("sampler") is not None:
-        sampler = SAMPLERS.get(given["sampler"])
-        if sampler is None:
-            problems.add(f"{place}: sampler {given['sampler']!r} is not one of {', '.join(SAMPLERS)}.")
-        given["sampler"] = sampler
+    if "sampler" in given:
+        given["sampler"] = _sampler(given["sampler"], place, problems, unsupported)
     prompt = PreviewPrompt(**given)
+    if _has_half_characters(prompt.prompt + prompt.negative_prompt):
+        problems.add(f"{place}: the text holds half of a character (a \\ud800 to \\udfff alone). Write it whole.")
     if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
         problems.add(f"{place}: the seed {prompt.seed} must be 0 or more, and below 2^64.")
     if prompt.shift <= 0:
@@ -214,6 +214,20 @@ def _made(given: dict[str, Any], place: str, problems: Problems) -> PreviewPromp
         height=_side(prompt.height),
         steps=min(1000, max(1, prompt.steps)),
     )
+
+
+def _sampler(name: str, place: str, problems: Problems, unsupported: dict[str, str]) -> str | None:
+    """The sampler of that name. One for older models is told and left out, as with --sample_sampler."""
+    if name not in SAMPLERS and name in KNOWN_SAMPLERS:
+        unsupported[f"--ss {name}"] = "a sampler for older models"
+    elif name not in SAMPLERS:
+        problems.add(f"{place}: sampler {name!r} is not one of {', '.join(SAMPLERS)}.")
+    return SAMPLERS.get(name)
+
+
+def _has_half_characters(text: str) -> bool:
+    """Whether it holds surrogates, which JSON can write and no tokenizer or picture can take."""
+    return any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _side(pixels: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,47 @@ def test_the_error_falls_with_the_order_of_the_sampler(name: str, order: int):
         exact = 0.95 * spread_at(0.05) / spread_at(0.95)
         errors.append(abs(sample(gaussian_velocity(0.5), noise, sigmas, name).item() - exact))
     assert math.log(errors[0] / errors[1], 4) > order - 0.2
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_the_schedule_is_that_of_diffusers(steps: int):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for shift in (1.0, 3.0):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(steps)
+        torch.testing.assert_close(preview_sigmas(steps, shift), scheduler.sigmas, rtol=0, atol=1e-6)
+
+
+def stepped(scheduler: Any, noise: torch.Tensor) -> torch.Tensor:
+    """What a scheduler of diffusers makes of `noise` in a curved field."""
+    x, velocity = noise, gaussian_velocity(0.5)
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+        x = scheduler.step(velocity(x, 1000 * sigma.reshape(1)), timestep, x).prev_sample
+    return x
+
+
+def test_heun_equals_diffusers_scheduler():
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(9)
+    noise = torch.randn(2, 4, 3, 3)
+    ours = sample(gaussian_velocity(0.5), noise, preview_sigmas(9), "heun")
+    torch.testing.assert_close(ours, stepped(scheduler, noise), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_dpmpp_equals_diffusers_scheduler(steps: int):
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(2, 4, 3, 3)
+    ours = sample(gaussian_velocity(0.5), noise / scheduler.sigmas[0], scheduler.sigmas, "dpmpp_2m")
+    torch.testing.assert_close(ours, stepped(scheduler, noise), rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_is_linear_in_the_two_predictions():

@@ -18,11 +18,13 @@ from PIL import Image
 from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.options.errors import UserError
+from library.training import metadata as metadata_module
 from library.training import model_hash
 from library.training.dataset_facts import common, datasets_of_file, folders, tag_frequency
 from library.training.metadata import FamilyFacts, FileMetadata, RunFacts, SaveFacts, as_texts
 from library.training.model_hash import FileHashes
 from library.training.modelspec import LARGEST_AS_IT_IS, ModelSpec, modelspec_metadata, thumbnail_url
+from library.training.saving import write_weights
 
 SPEC = ModelSpec("medium", "cat", (1024, 768))
 
@@ -60,6 +62,36 @@ def test_values_are_texts_as_sd_scripts_writes_them() -> None:
         "e": '[{"x": null}]',
         "f": "[1, 2]",
     }
+
+
+def test_a_folder_whose_name_is_no_text_can_be_told(tmp_path: Path) -> None:
+    """Linux allows any bytes in names; Python reads such a name with lone surrogates."""
+    name = b"3_caf\xe9".decode("utf-8", "surrogateescape")
+    texts = as_texts({"ss_dataset_dirs": {name: {"n_repeats": 3}}})
+    assert json.loads(texts["ss_dataset_dirs"]) == {"3_caf?": {"n_repeats": 3}}
+    write_weights(tmp_path / "x.safetensors", {"a": torch.ones(1)}, texts)
+
+
+def test_very_many_captions_keep_the_commonest_and_the_file_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metadata_module, "LARGEST_TEXT", 20_000)
+    monkeypatch.setattr(metadata_module, "MOST_TAGS", 1000)
+    captions = [f"a sentence of its own, number {number}" for number in range(5000)]
+    found = dataset(
+        *(record(str(n), text) for n, text in enumerate(captions)),
+        subsets=(SubsetSettings("a", image_dir=Path("cats")),),
+    )
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(b"x")
+    facts = RunFacts({"ss_seed": 1, **datasets_of_file([found])}, SPEC, FamilyFacts("medium", base, None))
+    metadata = FileMetadata(facts).at(SaveFacts(1, 1, 1.0))
+    kept = json.loads(metadata["ss_tag_frequency"])["cats"]
+    assert 20 < len(kept) < 5000 and kept["a sentence of its own"] == 5000
+    assert json.loads(metadata["ss_datasets"])[0]["tag_frequency"]["cats"] == kept
+    assert sum(len(text) for key, text in metadata.items() if key.startswith("ss_")) < 21_000
+    assert metadata["ss_seed"] == "1" and "commonest" in caplog.text
+    assert len(facts.training["ss_tag_frequency"]["cats"]) == 5001  # the facts themselves are left whole
 
 
 def test_tags_are_counted_by_folder_without_regularisation_images() -> None:

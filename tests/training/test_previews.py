@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.training import contact_sheet, previews
 from library.training.contact_sheet import PreviewRecord, columns_of, write_sheet
 from library.training.ema import WeightEma
 from library.training.previews import Previewer, PreviewSettings, moment, undisturbed
@@ -38,6 +39,7 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
         torch.rand(3)
         random.random()
+        np.random.rand()
         return self.dropout(x * self.scale) + conditioning
 
 
@@ -145,13 +147,16 @@ def test_training_does_not_notice_previews(tmp_path: Path) -> None:
     maker = previewer(tmp_path, [PreviewPrompt("a", **SMALL)], model)
     random.seed(3)
     torch.manual_seed(3)
-    expected = (random.random(), torch.rand(4), ema.averages["scale"].clone(), model.scale.item())
+    np.random.seed(3)
+    expected = (random.random(), torch.rand(4), ema.averages["scale"].clone(), model.scale.item(), np.random.rand())
     random.seed(3)
     torch.manual_seed(3)
+    np.random.seed(3)
     with ema.swapped():
         maker.make("000001", [model])
     assert random.random() == expected[0] and torch.equal(torch.rand(4), expected[1])
     assert torch.equal(ema.averages["scale"], expected[2]) and model.scale.item() == expected[3]
+    assert np.random.rand() == expected[4]
     assert model.training and not model.dropout.training
     assert model.scale.grad == 2.0 and torch.is_grad_enabled()
 
@@ -183,6 +188,23 @@ def test_the_picture_tells_its_prompt(tmp_path: Path) -> None:
     assert text.startswith(
         "a cät\nNegative prompt: a dog\nSteps: 3, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 64x96"
     )
+
+
+def test_a_full_disk_costs_a_preview_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(previews, "atomic_write", full)
+    monkeypatch.setattr(contact_sheet, "atomic_write", full)
+    found = records(tmp_path, 1)
+    assert previewer(tmp_path, [PreviewPrompt("a", **SMALL)], Denoiser()).make("000001", []) == []
+    write_sheet(tmp_path / "sheet.png", found)
+    assert [
+        text for text in caplog.messages if "No space left" in text and "training goes on" in text
+    ] == caplog.messages
+    assert len(caplog.messages) == 2
 
 
 # --- the sheet --------------------------------------------------------------------------------------------------------
@@ -224,6 +246,18 @@ def test_pictures_that_are_gone_leave_a_gap(tmp_path: Path) -> None:
     (tmp_path / "sheet.png").unlink()
     write_sheet(tmp_path / "sheet.png", found)
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_picture_that_was_cut_short_leaves_a_gap_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = records(tmp_path, 2)
+    found[0].path.write_bytes(found[0].path.read_bytes()[:60])
+    write_sheet(tmp_path / "sheet.png", found)
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.getpixel((6 + 128, 24 + 284 + 22 + 128)) == (255, 255, 255)  # the cut one: moment 0, prompt 1
+    assert sheet.getpixel((6 + 128, 24 + 22 + 128)) == (0, 0, 90)
+    assert found[0].path.name in caplog.text
 
 
 def test_a_resumed_run_knows_its_earlier_previews(tmp_path: Path) -> None:

@@ -106,6 +106,18 @@ def test_what_sd3_has_no_use_for_is_said_once(tmp_path: Path, caplog: pytest.Log
     assert sorted(record.getMessage().split(": ")[1].split(" (")[0] for record in caplog.records) == ["--cn", "--rcfg"]
 
 
+def test_samplers_of_older_models_are_said_once_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """sd-scripts took them and used Euler; `None` is the sampler of the command line."""
+    with caplog.at_level(logging.WARNING):
+        found = prompts_of(tmp_path, "a --ss euler_a\nb --ss euler_a\nc --ss dpmsolver++\n")
+    assert [prompt.sampler for prompt in found] == [None, None, "dpmpp_2m"]
+    assert [record.getMessage().split(": ")[1].split(" (")[0] for record in caplog.records] == ["--ss euler_a"]
+
+
+def test_options_may_be_in_capitals_as_in_sd_scripts(tmp_path: Path) -> None:
+    assert prompts_of(tmp_path, "a Cat --W 256 --N Dark --FS 2") == [PreviewPrompt("a Cat", "Dark", 256, shift=2.0)]
+
+
 def test_toml_subsets_override_the_defaults(tmp_path: Path) -> None:
     text = """
     [prompt]
@@ -150,6 +162,8 @@ def test_json_entries_are_lines_or_tables(tmp_path: Path) -> None:
         (".json", '[{"prompt": "a", "width": 512.5}]', "whole number"),
         (".json", '[{"prompt": "a", "width": true}]', "whole number"),
         (".json", '[{"prompt": "a", "widht": 512}]', "width"),
+        (".json", r'["a \ud83d"]', "half of a character"),
+        (".json", r'[{"prompt": "a", "negative_prompt": "\udc00"}]', "half of a character"),
         (".json", "[", "prompts.json"),
         (".csv", "a", ".txt, .toml or .json"),
     ],
