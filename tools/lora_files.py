@@ -100,7 +100,7 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
 
 def run_tool(tool: Callable[[], int]) -> int:
     """Run a tool's work and return the exit code: 2 where there is something for the user to mend, which is then said."""
-    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     try:
         return tool()
     except UserError as error:

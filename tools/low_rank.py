@@ -44,17 +44,20 @@ METHODS: Mapping[str, tuple[Callable[[Tensor, float], int], str]] = MappingProxy
 )
 
 
+ROUNDING = 1e-6
+
+
 @dataclass(frozen=True)
 class RankRule:
-    """The rank for a layer, from its singular values."""
+    """The rank for a layer, from its singular values. Those below float32's resolution, ROUNDING of the first, are none."""
 
     most: int
     method: str | None = None  # a key of METHODS; None: always `most`
     value: float = 0.0
 
     def rank(self, s: Tensor) -> int:
-        """s: float64 [n], falling. At least 1, at most `most` and the number of values that are not zero."""
-        nonzero = int((s > s[0] * 1e-12).sum()) if s[0] > 0 else 1
+        """s: float64 [n], falling. At least 1, at most `most` and the number of values that are not rounding."""
+        nonzero = int((s > s[0] * ROUNDING).sum()) if s[0] > 0 else 1
         wanted = self.most
         if self.method is not None and s[0] > 0:
             wanted = METHODS[self.method][0](s, self.value)
