@@ -43,6 +43,10 @@ class ModelFamily(ABC):
         """Let a trained encoder keep less for the backward pass."""
 
     @abstractmethod
+    def bytes_of_text(self) -> int:
+        """Bytes of the encoders' outputs for one caption."""
+
+    @abstractmethod
     def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
         """Write the text encoders that are to be saved, the LoRA merged in; their paths."""
 

@@ -173,6 +173,7 @@ class NetworkTrainer(ModelFamily):
                 on_disk=args.cache_text_encoder_outputs_to_disk,
                 cache_dir=path_or_none(args.cache_dir),
                 trust=args.skip_cache_check,
+                bytes_each=self.bytes_of_text(),
             )
             self.texts = self._fill_texts(TextCache(plan.index.training, settings, prompts), ahead)
             self.validation_texts = self._fill_texts(

@@ -194,6 +194,11 @@ class Sd3NetworkTrainer(NetworkTrainer):
     def checkpoint_encoder(self, encoder: nn.Module) -> None:
         checkpoint_layers(encoder)
 
+    def bytes_of_text(self) -> int:
+        sizes = self.context_sizes
+        numbers = sizes.clip_tokens * sizes.pooled + sizes.t5_tokens * sizes.context + sizes.pooled
+        return numbers * self.precision.dtype.itemsize
+
     def encoding_of(self, captions: Sequence[str], cached: dict[str, Tensor] | None) -> TextEncoding:
         """What the encoders say: from the cache, and live from those that are not cached."""
         encoding = TextEncoding.from_dict(cached) if cached else TextEncoding()

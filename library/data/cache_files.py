@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,21 @@ def check_writable(folders: set[Path]) -> list[str]:
         except OSError as error:
             problems.append(_write_problem(folder, error))
     return problems
+
+
+def room_problems(needed: Mapping[Path, int]) -> list[str]:
+    """Problems with disks that have less room than the caches to be made there. needed: bytes by folder."""
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for folder, size in needed.items():
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        first, total = by_disk.get(existing.stat().st_dev, (existing, 0))
+        by_disk[existing.stat().st_dev] = (first, total + size)
+    return [
+        f"{folder}: the caches need {total / 2**30:.2f} GiB, and {shutil.disk_usage(folder).free / 2**30:.2f} GiB are free. "
+        "Make room, or give --cache_dir another disk."
+        for folder, total in by_disk.values()
+        if total > shutil.disk_usage(folder).free
+    ]
 
 
 def content_hash(path: str) -> str:

@@ -27,6 +27,7 @@ from library.data.cache_files import (
     content_hash,
     read_cache,
     read_made_from,
+    room_problems,
     write_cache,
 )
 from library.data.images import Pixels, read_pixels
@@ -99,8 +100,16 @@ class LatentCache:
             return [entry for entry, is_fresh in zip(self.entries.values(), fresh) if not is_fresh]
 
     def check(self, missing: Sequence[Entry]) -> list[str]:
-        """Problems that would stop `fill`: folders that cannot be written."""
-        return check_writable({self._path(entry).parent for entry in missing}) if self.settings.on_disk else []
+        """Problems that would stop `fill`: folders that cannot be written, disks with too little room."""
+        if not self.settings.on_disk:
+            return []
+        needed: dict[Path, int] = {}
+        for entry in missing:
+            cells = entry.record.bucket[0] * entry.record.bucket[1] // LATENT_CELL**2
+            size = 4 * cells * (LATENT_CHANNELS * (1 + entry.subset.flip_aug) + 1)
+            folder = self._path(entry).parent
+            needed[folder] = needed.get(folder, 0) + size
+        return check_writable(set(needed)) or room_problems(needed)
 
     def fill(
         self, missing: Sequence[Entry], encode: EncodeImages, batch_size: int, wrap: Wrap, workers: int = 4

@@ -14,7 +14,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from library.data.cache_files import FORMAT, cache_path, check_writable, read_cache, read_made_from, write_cache
+from library.data.cache_files import (
+    FORMAT,
+    cache_path,
+    check_writable,
+    read_cache,
+    read_made_from,
+    room_problems,
+    write_cache,
+)
 from library.data.captions import CaptionPipeline, is_random, lost_in_variants
 from library.data.records import IndexedDataset
 from library.options.errors import UserError
@@ -32,6 +40,7 @@ class TextCacheSettings:
     on_disk: bool = False
     cache_dir: Path | None = None
     trust: bool = False
+    bytes_each: int = 0  # of the outputs for one text, so that room on the disk can be checked
 
 
 class TextCache:
@@ -83,7 +92,14 @@ class TextCache:
         return [text for text in self.further if text not in self.memory]
 
     def check(self, missing: Sequence[tuple[int, int]]) -> list[str]:
-        return check_writable({self._path(*key).parent for key in missing}) if self.settings.on_disk else []
+        """Problems that would stop `fill`: folders that cannot be written, disks with too little room."""
+        if not self.settings.on_disk:
+            return []
+        needed: dict[Path, int] = {}
+        for key in missing:
+            folder = self._path(*key).parent
+            needed[folder] = needed.get(folder, 0) + self.settings.bytes_each * len(set(self.texts[key]))
+        return check_writable(set(needed)) or room_problems(needed)
 
     def fill(self, missing: Sequence[tuple[int, int]], encode: EncodeCaptions, chunk: int = 1024) -> None:
         """Encode each distinct text of the missing images once, `chunk` texts a call, and the further texts that are missing."""

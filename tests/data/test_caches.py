@@ -198,6 +198,19 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_encoded(tmp_
     assert len(problems) == 1 and "--cache_dir" in problems[0]
 
 
+def test_a_disk_with_too_little_room_is_told_before_anything_is_encoded(tmp_path: Path, monkeypatch):
+    datasets = datasets_of(folder_of_images(tmp_path), flip_aug=True)
+    latents = LatentCache(datasets, LatentCacheSettings("vae", on_disk=True, cache_dir=tmp_path / "new" / "cache"))
+    texts = TextCache(datasets, TextCacheSettings("te", on_disk=True, bytes_each=1 << 20))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 << 20))
+    assert latents.check(latents.missing()) == []
+    (problem,) = texts.check(texts.missing())
+    assert "need 0.00 GiB" in problem and "--cache_dir" in problem
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 10))
+    assert len(latents.check(latents.missing())) == 1
+
+
 def test_several_resolutions_and_twin_stems_have_files_of_their_own(tmp_path: Path):
     folder = folder_of_images(tmp_path, 2)
     Image.new("RGB", (64, 64), "red").save(folder / "2_thing" / "0.bmp")
