@@ -1,9 +1,14 @@
 #!/usr/bin/env python3
-"""Write docs/options.md and docs/ja/options.md from the tables of options. `--check` only compares, for the tests."""
+"""Write docs/options.md, and the tables inside the guides, in both languages, from the tables of options.
+
+A guide has a table between the lines `<!-- options: TITLE -->` and `<!-- end of options -->`, TITLE being that of a group.
+`--check` only compares, for the tests.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +66,10 @@ JAPANESE = Language(
 )
 
 
+GUIDES = ("train_network.md", "sd3_train_network.md")
+MARKED = re.compile(r"(<!-- options: (.+?) -->\n).*?(<!-- end of options -->)", re.DOTALL)
+
+
 def page(language: Language) -> str:
     """The whole page as Markdown."""
     count = {kind: sum(option.kind is kind for option in OPTIONS) for kind in Kind}
@@ -72,12 +81,32 @@ def page(language: Language) -> str:
         refused=count[Kind.REFUSED],
     )
     parts = [f"# {language.title}\n\n{introduction}\n"]
-    for group in GROUPS:
-        rows = [_row(option, language) for option in group.options]
-        parts.append(
-            "\n".join([f"## {language.group_title(group)}\n", language.header, "|---|---|---|---|", *rows, ""])
-        )
+    parts += [f"## {language.group_title(group)}\n\n{table(group, language)}" for group in GROUPS]
     return "\n".join(parts)
+
+
+def table(group: Group, language: Language) -> str:
+    """A group's options as a Markdown table."""
+    rows = [_row(option, language) for option in group.options]
+    return "\n".join([language.header, "|---|---|---|---|", *rows, ""])
+
+
+def filled(guide: str, language: Language) -> str:
+    """A guide's text with its tables as they should be. KeyError for a title that no group has."""
+    groups = {group.title: group for group in GROUPS}
+    return MARKED.sub(lambda found: f"{found[1]}{table(groups[found[2]], language)}{found[3]}", guide)
+
+
+def pages() -> dict[Path, str]:
+    """The whole text of every page that has tables, by its path."""
+    found = {}
+    for language in (ENGLISH, JAPANESE):
+        path = ROOT / language.path
+        found[path] = page(language)
+        for name in GUIDES:
+            guide = path.with_name(name)
+            found[guide] = filled(guide.read_text(encoding="utf-8"), language)
+    return found
 
 
 def _row(option: Option, language: Language) -> str:
@@ -107,15 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 where a page is out of date.")
     check = parser.parse_args(arguments).check
     stale = 0
-    for language in (ENGLISH, JAPANESE):
-        path, text = ROOT / language.path, page(language)
+    for path, text in pages().items():
+        name = path.relative_to(ROOT).as_posix()
         if check:
             same = path.is_file() and path.read_text(encoding="utf-8") == text
             stale += not same
-            print(f"{language.path}: {'up to date' if same else 'out of date'}")
+            print(f"{name}: {'up to date' if same else 'out of date'}")
         else:
             write_text(path, text)
-            print(f"wrote {language.path}")
+            print(f"wrote {name}")
     return 1 if stale else 0
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from library.options.table import BY_NAME, GROUPS
-from tools.make_option_docs import ENGLISH, JAPANESE, ROOT, Language, main, page
+from tools.make_option_docs import ENGLISH, GUIDES, JAPANESE, MARKED, ROOT, Language, filled, main, page
 from tools.option_help_ja import HELP, TITLES
 
 languages = pytest.mark.parametrize("language", [ENGLISH, JAPANESE], ids=["en", "ja"])
@@ -34,6 +34,20 @@ def test_every_option_and_title_has_its_japanese_text_and_nothing_else_has() -> 
     assert all(re.search("[\u3040-\u30ff\u4e00-\u9fff]", text) for text in HELP.values())
 
 
+@languages
+@pytest.mark.parametrize("guide", GUIDES)
+def test_tables_in_guides_are_what_the_generator_makes(language: Language, guide: str) -> None:
+    text = (ROOT / language.path).with_name(guide).read_text(encoding="utf-8")
+    assert text == filled(text, language), "run tools/make_option_docs.py"
+
+
+@languages
+def test_every_group_has_its_table_in_one_guide(language: Language) -> None:
+    texts = [(ROOT / language.path).with_name(guide).read_text(encoding="utf-8") for guide in GUIDES]
+    titles = [found[2] for text in texts for found in MARKED.finditer(text)]
+    assert sorted(titles) == sorted(group.title for group in GROUPS)
+
+
 def test_check_tells_that_the_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0
-    assert capsys.readouterr().out.count("up to date") == 2
+    assert capsys.readouterr().out.count("up to date") == 6
