@@ -176,8 +176,8 @@ HELP = {
     "t5xxl_dtype": "T5の重みの数値形式。未指定なら`--mixed_precision`と同じです。",
     "torch_compile": "Transformerブロックをtorch.compileでコンパイルします。最初は遅く、その後が速くなります。",
     "dynamo_backend": "`--torch_compile`のバックエンド。",
-    "lowram": "ホストメモリを節約します。モデルは読みながらデバイスへ移され、base_weightsもデバイス上でマージされます。",
-    "highvram": "latentキャッシュ中にデバイスメモリを返しません。大きなGPUで速くなります。",
+    "lowram": "ホストメモリを節約します。MMDiTを読みながらデバイスへ移し、ベース重みもそこでマージします。`--blocks_to_swap`ではホストを経由します。",
+    "highvram": "使い終えたEncoderのデバイスメモリを返さずに持ち続けます。VRAMの大きいGPUで速くなります。",
     # 保存
     "output_dir": "LoRA・状態・プレビュー・レポートの出力先フォルダ。なければ作られます。必須です。",
     "output_name": "出力ファイルの名前(拡張子なし)。",
@@ -198,8 +198,8 @@ HELP = {
     "save_last_n_epochs_state": "エポックごとの状態を最新のN個だけ残します。未指定なら`--save_last_n_epochs`と同じです。",
     "save_last_n_steps_state": "最近Nステップの状態だけ残します。未指定なら`--save_last_n_steps`と同じです。",
     "resume": "再開する状態のフォルダ。autoなら`--output_dir`の最新の完全な状態を使い、なければ最初から始めます。",
-    "initial_epoch": "このエポック(1から数える)から始めます。",
-    "initial_step": "このステップから始めます。`--initial_epoch`と状態より優先されます。",
+    "initial_epoch": "このエポック(1から数える)から始めます。前のエポックは済んだものとし、ステップ・スケジュール・ファイル名もそこから数えます。",
+    "initial_step": "このステップ数が済んだものとして始めます。ステップ・スケジュール・ファイル名もそこから数えます。保存された状態の位置より優先されます。",
     "skip_until_initial_step": "開始ステップより前のデータを、学習済みとして飛ばします。",
     # プレビュー
     "sample_prompts": "プレビュー用プロンプトのファイル(.txt、.toml、.json)。",

@@ -77,11 +77,11 @@ GROUP = Group(
         Option("--dynamo_backend", "The backend of --torch_compile.", str, "inductor", DYNAMO_BACKENDS),
         switch(
             "--lowram",
-            "Spare the host's memory: models go to the device as they are read, and base weights are merged there.",
+            "Spare the host's memory: the MMDiT goes to the device as it is read, and base weights are merged there. With --blocks_to_swap it still passes through the host.",
         ),
         switch(
             "--highvram",
-            "Do not hand back cached device memory between batches while latents are cached: quicker on large cards.",
+            "Keep the device memory of encoders that are done with, instead of handing it back: quicker on large cards.",
         ),
     ),
 )

@@ -26,8 +26,16 @@ GROUP = Group(
             "--resume",
             "Go on from this state folder; auto takes the newest whole state in --output_dir, or starts anew.",
         ),
-        Option("--initial_epoch", "Start in this epoch, counted from 1.", int),
-        Option("--initial_step", "Start at this step. It wins over --initial_epoch and over the state.", int),
+        Option(
+            "--initial_epoch",
+            "Start with this epoch, counted from 1, as if those before it had been trained: steps, schedule and file names count from there.",
+            int,
+        ),
+        Option(
+            "--initial_step",
+            "Start after this many steps, as if they had been trained: steps, schedule and file names count from there. It wins over the place of a state.",
+            int,
+        ),
         switch(
             "--skip_until_initial_step",
             "Pass over the data of the steps before the first one, as if they had been trained.",
