@@ -29,7 +29,7 @@ def draw_norms(path: Path, title: str, bars: list[Bar]) -> None:
     image = Image.new("RGB", (WIDTH, TOP + PANEL * max(1, len(parts)) + 10), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
     draw.text((LEFT, 12), f"{title}: norm of the change by block", INK, ImageFont.load_default(size=20))
-    x = LEFT
+    x = float(LEFT)
     for kind in [kind for kind in COLOURS if any(bar.kind == kind for bar in bars)]:
         draw.rectangle((x, 46, x + 14, 60), COLOURS[kind])
         draw.text((x + 20, 44), kind, INK, font)
