@@ -324,12 +324,18 @@ class NetworkTrainer(ModelFamily):
         return self.step(self.step_input(batch, draws, training=False), draws, timestep)
 
     def step_input(self, batch: Batch, draws: DrawGenerators, training: bool) -> StepInput:
+        latents = self.latents_of(batch, draws)
+        base_conditioning = None
+        if batch.preserve is not None and self.trained_encoders:
+            with draws.repeated(), torch.no_grad(), self.network.enabled(False):
+                base_conditioning = self.conditioning(batch, draws, training)
         return StepInput(
-            latents=self.latents_of(batch, draws),
+            latents=latents,
             conditioning=self.conditioning(batch, draws, training),
             loss_weights=batch.loss_weights,
             mask=batch.mask,
             preserve=batch.preserve,
+            base_conditioning=base_conditioning,
         )
 
     def latents_of(self, batch: Batch, draws: DrawGenerators) -> Tensor:

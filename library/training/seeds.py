@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -37,3 +39,11 @@ class DrawGenerators:
         self.cpu.manual_seed(mix_seed(seed, "cpu"))
         if self.device is not self.cpu:
             self.device.manual_seed(mix_seed(seed, "device"))
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """What is drawn inside, from these generators on the CPU or from Python's, is drawn again after it."""
+        states = self.cpu.get_state(), random.getstate()
+        yield
+        self.cpu.set_state(states[0])
+        random.setstate(states[1])

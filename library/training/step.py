@@ -31,6 +31,7 @@ class StepInput:
     loss_weights: Tensor  # [B]
     mask: Tensor | None  # [B, 1, h, w]
     preserve: Tensor | None  # [B] bool: train these towards the base model's own velocity
+    base_conditioning: Any = None  # the base model's own, where the network changes the conditioning too
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class DenoisingStep:
         noisy = add_noise(latents, noise, sigma)
         target = velocity_target(latents, noise)
         if given.preserve is not None:
-            target = self._base_velocity_where(given.preserve, noisy, on_device, given.conditioning, target)
+            base = given.conditioning if given.base_conditioning is None else given.base_conditioning
+            target = self._base_velocity_where(given.preserve, noisy, on_device, base, target)
         velocity = self.predict(noisy, on_device, given.conditioning)
         losses = training_loss(velocity, target, sigma, self.flow, self.loss, given.mask, given.loss_weights)
         return StepResult(losses, timesteps)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from library.options.errors import UserError
 from tests.end_to_end.conftest import Workshop
-from tests.end_to_end.runs import UNET, train
+from tests.end_to_end.runs import UNET, dataset_file, image_folder, train
 
 T5 = ("--network_args", "train_t5xxl=True")
 
@@ -153,3 +153,17 @@ def test_a_trained_t5_must_be_on_the_training_device(workshop: Workshop, tmp_pat
 def test_a_device_that_is_not_there_is_told(workshop: Workshop, tmp_path: Path, device: str):
     with pytest.raises(UserError, match=f"t5xxl_device {device}: there is no such device"):
         train(workshop, tmp_path, t5xxl_device=device)
+
+
+def test_preserved_images_keep_the_base_encoders_meaning_too(workshop: Workshop, tmp_path: Path, lora_file: Path):
+    """Only the encoders have a LoRA: what it changes in the text is what the loss sees, with the same dropout on both sides."""
+    images = image_folder(tmp_path / "images")
+    subset = f"image_dir = {str(images)!r}\ncustom_attributes = {{diff_output_preservation = true}}"
+    data = dataset_file(tmp_path / "data.toml", [subset])
+    words = ("--network_train_text_encoder_only", "--dim_from_weights")
+    for name, more, counts in (("a", {}, True), ("b", {"clip_l_dropout_rate": 1, "clip_g_dropout_rate": 1}, False)):
+        run = train(workshop, tmp_path / name, *words, dataset_config=data, network_weights=lora_file, **more)
+        assert (run.losses[0] > 1e-6) == counts
+    half = {"clip_l_dropout_rate": 0.5, "clip_g_dropout_rate": 0.5, "max_train_steps": 6}
+    fresh = train(workshop, tmp_path / "c", "--network_train_text_encoder_only", dataset_config=data, **half)
+    assert fresh.losses[0] == 0  # an untouched LoRA is the base model
