@@ -45,7 +45,7 @@ ENGLISH = Language(
     "docs/options.md",
     "Options",
     "Every option of `sd3_train_network.py`: {total} in all, {works} of which work. {not_yet} more are "
-    "marked as not in this version yet: using one is an error. The rest are named at the end: {no_effect} belong to older models "
+    "marked as not in this version yet: using one is an error. The rest are named at the end: {no_effect} have no meaning here "
     "and are accepted with a warning, {refused} are refused. Options can also stand in a TOML file "
     "(`--config_file`), under the same names without dashes; the command line wins. A switch takes no value, but "
     "`--switch=false` turns off one that the file turns on.\n\n"
@@ -56,7 +56,7 @@ ENGLISH = Language(
 JAPANESE = Language(
     "docs/ja/options.md",
     "オプション一覧",
-    "`sd3_train_network.py`の全オプションです(全{total}個、うち{works}個が有効)。{not_yet}個はこの版ではまだ使えず、指定するとエラーになります。残りは末尾にまとめました。{no_effect}個は旧モデル用で、警告を出して"
+    "`sd3_train_network.py`の全オプションです(全{total}個、うち{works}個が有効)。{not_yet}個はこの版ではまだ使えず、指定するとエラーになります。残りは末尾にまとめました。{no_effect}個はここでは意味がなく、警告を出して"
     "受け付けます。{refused}個は拒否します。TOMLファイル(`--config_file`)にも、ダッシュを除いた同じ名前で書けます。コマンドラインが優先されます。"
     "スイッチは値を取りませんが、ファイルで有効にしたものを`--switch=false`で無効にできます。\n\n"
     "このページは、プログラムが読むものと同じ表から`tools/make_option_docs.py`が作ります。",

@@ -31,5 +31,11 @@ GROUP = Group(
             kind=Kind.REFUSED,
             reason="buckets, caches and exact resuming rest on the data that --dataset_config describes, and a class of unknown behaviour could keep none of them; write a dataset file",
         ),
+        switch(
+            "--deepspeed",
+            "Train with DeepSpeed.",
+            Kind.REFUSED,
+            "it shares out optimizer states and gradients, which are small for a LoRA, and takes the training loop over; several devices work with accelerate launch alone, and --fp8_base_unet and --blocks_to_swap spare the memory of the frozen weights",
+        ),
     ),
 )
