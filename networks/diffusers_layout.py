@@ -147,11 +147,16 @@ def _text_path(name: str) -> str | None:
 def _kohya_pair(name: str, layer: Mapping[str, Tensor], where: str) -> Pair:
     if not {"lora_down.weight", "lora_up.weight"} <= layer.keys():
         raise UserError(f"{where}: {name} lacks its lora_down or lora_up. The file is damaged: make or copy it again.")
-    down, up = layer["lora_down.weight"], layer["lora_up.weight"]
-    if down.dim() < 2 or up.dim() < 2 or up.shape[1] != down.shape[0]:
+    down, up, alpha = layer["lora_down.weight"], layer["lora_up.weight"], layer.get("alpha")
+    if not fit(down, up, alpha):
         raise UserError(f"{where}: {name} has lora_down {list(down.shape)} and lora_up {list(up.shape)}: no LoRA.")
-    rank = down.shape[0]
-    return Pair(down, up, float(layer["alpha"]) / rank if "alpha" in layer else 1.0)
+    return Pair(down, up, 1.0 if alpha is None else float(alpha) / down.shape[0])
+
+
+def fit(down: Tensor, up: Tensor, alpha: Tensor | None) -> bool:
+    """Whether three tensors make one LoRA: down [r, in, ...], up [out, r, ...] and one number."""
+    shaped = down.dim() >= 2 and up.dim() >= 2 and up.shape[1] == down.shape[0] > 0
+    return shaped and (alpha is None or alpha.numel() == 1)
 
 
 def _pieces(name: str, pair: Pair, count: int) -> list[Pair]:
@@ -273,7 +278,7 @@ def _read_pairs(
         layers.setdefault(path, {})[kind] = tensor
     pairs = {}
     for path, layer in layers.items():
-        if not {"down", "up"} <= layer.keys() or layer["up"].shape[1] != layer["down"].shape[0]:
+        if not {"down", "up"} <= layer.keys() or not fit(layer["down"], layer["up"], layer.get("alpha")):
             problems.append(f"{where}: {path} lacks its lora_A or lora_B, or they do not fit each other.")
             continue
         rank = layer["down"].shape[0]
@@ -292,6 +297,15 @@ def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str,
         raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} is not valid JSON ({error}).") from None
     if not isinstance(config, dict):
         raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} is not a table.")
+    try:
+        for key, value in config.items():
+            if key.endswith(".alpha_pattern"):
+                for pattern, alpha in value.items():
+                    re.compile(pattern), float(alpha)
+            elif key.endswith(".lora_alpha"):
+                float(value)
+    except (AttributeError, TypeError, ValueError, re.error):
+        raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} has alphas that are no numbers.") from None
     return config
 
 

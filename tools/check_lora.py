@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 from torch import Tensor
 
 from library.sd3.checkpoint import locate_parts
-from networks.diffusers_layout import diffusers_paths
+from networks.diffusers_layout import diffusers_paths, fit
 from networks.merging import check_change, kind_of
 from networks.weight_files import listed
 from tools.checkpoint_weights import TITLES, Weight, lora_weights
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         if chosen.plot is not None:
             check_free(chosen.plot, chosen.force)
-        lora = read_lora(chosen.model)
+        lora = read_lora(chosen.model, damaged=True)
         weights = lora_weights(locate_parts(chosen.base_model)) if chosen.base_model else None
         layers = [check_layer(name, tensors, weights) for name, tensors in lora.layers.items()]
         problems = [problem for layer in layers for problem in layer.problems]
@@ -138,7 +138,7 @@ def _shape_problem(name: str, tensors: Mapping[str, Tensor]) -> str | None:
     down, up = tensors["lora_down.weight"], tensors.get("lora_up.weight")
     if up is None:
         return f"{name} has no lora_up."
-    if down.dim() < 2 or up.dim() < 2 or up.shape[1] != down.shape[0]:
+    if not fit(down, up, None):
         return f"{name}: lora_down {list(down.shape)} and lora_up {list(up.shape)} do not fit each other."
     return None
 

@@ -47,9 +47,9 @@ def _draw_panel(draw: Any, font: Any, top: int, part: str, bars: list[Bar], high
     floor, height = top + PANEL - BOTTOM, PANEL - BOTTOM - HEAD
     draw.text((LEFT, top + 4), part, INK, font)
     for share in (0.0, 0.5, 1.0):
-        y = round(floor - share * height)
-        draw.line((LEFT, y, WIDTH - RIGHT, y), FAINT)
-        draw.text((LEFT - 8, y), f"{share * highest:.3g}", INK, font, anchor="rm")
+        level = round(floor - share * height)
+        draw.line((LEFT, level, WIDTH - RIGHT, level), FAINT)
+        draw.text((LEFT - 8, level), f"{share * highest:.3g}", INK, font, anchor="rm")
     kinds = [kind for kind in COLOURS if any(bar.kind == kind for bar in bars)]
     blocks = max(bar.block for bar in bars) + 1
     step = (WIDTH - LEFT - RIGHT) / blocks

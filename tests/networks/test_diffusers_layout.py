@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from library.options.errors import UserError
@@ -206,3 +208,33 @@ def test_names_that_mean_nothing_are_told():
         to_kohya({"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": torch.zeros(3)})
     with pytest.raises(UserError, match="lacks its lora_A or lora_B"):
         to_kohya({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 4)})
+
+
+SHAPES = st.lists(st.integers(0, 3), max_size=4)
+PATHS = st.sampled_from(
+    [
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.transformer_blocks.0.attn.to_k",
+        "transformer.transformer_blocks.0.norm1_context.linear",
+        "transformer.norm_out.linear",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "diffusion_model.joint_blocks.0.x_block.attn.qkv",
+        "elsewhere",
+        "",
+    ]
+)
+ENDINGS = st.sampled_from([".lora_A.weight", ".lora_B.weight", ".alpha", ".lora.up.weight", "", ".lora_B.bias"])
+CONFIGS = st.sampled_from(
+    ["{", "[]", '{"transformer.lora_alpha": "x"}', '{"transformer.alpha_pattern": {"(": 1}}', "{}"]
+)
+
+
+@given(st.dictionaries(st.tuples(PATHS, ENDINGS), SHAPES, max_size=6), CONFIGS)
+@settings(max_examples=200, deadline=None)
+def test_any_damaged_file_is_converted_or_told_and_never_a_crash(keys: dict, config: str):
+    tensors = {path + ending: torch.zeros(shape) for (path, ending), shape in keys.items()}
+    try:
+        kohya = to_kohya(tensors, {"lora_adapter_metadata": config})
+    except UserError:
+        return
+    assert all(key.startswith(("lora_unet_", "lora_te")) for key in kohya)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from library.files import save_safetensors
@@ -22,6 +23,7 @@ EVERYTHING = {"emb_dims": "[2,3,4,2,3,2]"}
 
 def lora_tensors(seed: int = 5, rank: int = 4, alpha: float = 3.0, dtype=None, **arguments: str) -> dict[str, Tensor]:
     """A trained LoRA for tests.networks.models.tiny_mmdit, embedders and all."""
+    torch.manual_seed(seed)
     network = create_network(1.0, rank, alpha, None, [], tiny_mmdit(), **{**EVERYTHING, **arguments})
     return trained(network, seed=seed).state_dict_for_saving(dtype)
 
@@ -30,6 +32,7 @@ def lora_for_checkpoint(kind: str = "5-medium", seed: int = 5, encoders=(), **ar
     """A trained LoRA for tests.sd3.tiny.tiny_checkpoint of this kind. encoders: CLIP-L, CLIP-G, T5 or None for each."""
     mmdit = MMDiT(tiny_mmdit_config(kind)).requires_grad_(False)
     arguments = {**EVERYTHING, **arguments}
+    torch.manual_seed(seed)
     return trained(
         create_network(1.0, 4, 3.0, None, list(encoders), mmdit, **arguments), seed=seed
     ).state_dict_for_saving()

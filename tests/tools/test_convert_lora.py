@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from networks.diffusers_layout import to_diffusers
-from tests.networks.models import tiny_t5
+from tests.networks.models import QKV, tiny_t5
 from tests.tools.loras import changes, lora_for_checkpoint, lora_tensors, run_script, write_lora
 from tools.convert_lora import main
 
@@ -61,6 +61,7 @@ def test_t5_layers_are_converted_with_a_warning(tmp_path: Path, caplog: pytest.L
         (["--model", "{kohya}", "--save_to", "{other}"], "is there already. Give another name, or --force"),
         (["--model", "{kohya}", "--save_to", "{new}", "--to", "kohya"], "is in kohya's layout already"),
         (["--model", "{dora}", "--save_to", "{new}"], "is a DoRA, which diffusers does not read"),
+        (["--model", "{damaged}", "--save_to", "{new}"], "is damaged, in lora_unet_joint_blocks_0_x_block_attn_qkv"),
         (["--model", "{missing}", "--save_to", "{new}"], "does not exist"),
         (["--model", "{kohya}", "--save_to", "out.ckpt"], "give a name that ends so"),
     ],
@@ -68,7 +69,9 @@ def test_t5_layers_are_converted_with_a_warning(tmp_path: Path, caplog: pytest.L
 def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    damaged = lora_tensors() | {QKV + ".alpha": torch.ones(3)}
     files = {
+        "damaged": write_lora(tmp_path / "damaged.safetensors", damaged),
         "kohya": write_lora(tmp_path / "kohya.safetensors", lora_tensors()),
         "dora": write_lora(tmp_path / "dora.safetensors", lora_tensors(use_dora="True")),
         "other": tmp_path / "other.safetensors",
