@@ -95,6 +95,10 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
     problems.found += check_flow(flow_settings(args)) + check_loss(loss_settings(args))
     if rates is not None:
         given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
+        if not given:
+            problems.add(
+                "Nothing would be trained: the learning rate of every part is 0. Raise --learning_rate or --unet_lr."
+            )
         problems.found += check_optimizer(args.optimizer_type, args.optimizer_args, given)
     problems.found += tracking_problems(tracking_settings(args))
     if args.metadata_thumbnail:

@@ -52,6 +52,14 @@ USELESS_WITHOUT = {
     "huggingface_repo_visibility": ("huggingface_repo_id",),
     "async_upload": ("huggingface_repo_id",),
 }
+# the same, where another option takes its place
+USELESS_WITH = {
+    "text_encoder_lr": "network_train_unet_only",
+    "unet_lr": "network_train_text_encoder_only",
+    "lr_scheduler": "lr_scheduler_type",
+    "network_dim": "dim_from_weights",
+    "network_alpha": "dim_from_weights",
+}
 EXCLUDES = (
     ("blocks_to_swap", "cpu_offload_checkpointing", "both keep things in host memory and would wait for each other"),
     ("fp8_base", "base_quantization", "both say how the frozen weights are kept"),
@@ -112,11 +120,17 @@ def _needs(args: argparse.Namespace) -> list[str]:
 
 
 def _useless(args: argparse.Namespace) -> list[str]:
-    return [
+    lacking = [
         f"--{dest} changes nothing without {_either(others)}."
         for dest, others in USELESS_WITHOUT.items()
         if is_given(args, dest) and not any(is_given(args, other) for other in others)
     ]
+    replaced = [
+        f"--{dest} changes nothing with --{other}."
+        for dest, other in USELESS_WITH.items()
+        if is_given(args, dest) and is_given(args, other)
+    ]
+    return lacking + replaced
 
 
 def _either(dests: tuple[str, ...]) -> str:

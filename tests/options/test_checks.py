@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.options.checks import EXCLUDES, NEEDS, REQUIRED, USELESS_WITHOUT, check_options
+from library.options.checks import EXCLUDES, NEEDS, REQUIRED, USELESS_WITH, USELESS_WITHOUT, check_options
 from library.options.limits import LIMITS, Limit
 from library.options.normalise import EVERY, normalise_options
 from library.options.not_yet import NOT_YET
@@ -100,6 +100,14 @@ def test_options_that_exclude_each_other_are_a_problem_together_alone(one: str, 
         assert not any(
             "can't be combined" in problem for problem in resolve_options([*WHOLE, *example(single)]).problems
         )
+
+
+@pytest.mark.parametrize("dest", USELESS_WITH)
+def test_an_option_that_another_replaces_is_told(dest: str) -> None:
+    other = USELESS_WITH[dest]
+    said = f"--{dest} changes nothing with --{other}."
+    assert said in resolve_options([*WHOLE, *example(dest), *example(other)]).warnings
+    assert not any("changes nothing with --" in told for told in resolve_options([*WHOLE, *example(dest)]).warnings)
 
 
 @pytest.mark.parametrize("dest", LIMITS)
