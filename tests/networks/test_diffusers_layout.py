@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from library.sd3.mmdit import MMDiT
 from networks.diffusers_layout import diffusers_problems, is_diffusers, to_diffusers, to_kohya, unread_by_diffusers
 from networks.lora_sd3 import create_network, create_network_from_weights
 from tests.networks.models import QKV, mmdit_inputs, tiny_clip, tiny_mmdit, tiny_t5, trained
+from tests.tools.loras import write_lora
+from tools import convert_lora
 
 EVERYTHING = {"emb_dims": "[2,3,4,2,3,2]", "context_mod_dim": "5", "x_mlp_dim": "2"}
 VARIANTS = {
@@ -104,6 +107,36 @@ def test_diffusers_loads_the_clip_loras(encoder: str):
     pipeline = StableDiffusion3Pipeline(None, None, None, clips[0], None, clips[1], None, None, None)
     pipeline.load_lora_into_text_encoder(to_diffusers(tensors), None, clip, prefix=encoder)
     assert_same(ours, clip(tokens).text_embeds)
+
+
+def test_the_pipeline_of_diffusers_loads_a_converted_file_into_all_its_models(tmp_path: Path):
+    from diffusers import StableDiffusion3Pipeline
+
+    from tests.sd3.diffusers_models import diffusers_transformer
+
+    torch.manual_seed(0)
+    clips, tokens = [tiny_clip(), tiny_clip(hidden=24)], torch.arange(1, 9).reshape(2, 4)
+    tensors = lora_of(base(), clips, **EVERYTHING)
+    network, _ = create_network_from_weights(1.0, None, None, clips, None, weights_sd=of_clips(tensors))
+    network.attach()
+    ours = [clip(tokens).text_embeds for clip in clips]
+    network.detach()
+    kohya = write_lora(tmp_path / "kohya.safetensors", tensors, ss_network_dim="4")
+    assert convert_lora.main(["--model", str(kohya), "--save_to", str(tmp_path / "theirs.safetensors")]) == 0
+    transformer = diffusers_transformer(base())
+    pipeline = StableDiffusion3Pipeline(transformer, None, None, clips[0], None, clips[1], None, None, None)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="theirs.safetensors")
+    for clip, expected in zip(clips, ours):
+        assert_same(expected, clip(tokens).text_embeds)
+    given = mmdit_inputs()
+    given = {"hidden_states": given["x"], "encoder_hidden_states": given["context"], "timestep": given["timestep"]}
+    with torch.no_grad():
+        found = transformer(**given, pooled_projections=mmdit_inputs()["pooled"], return_dict=False)[0]
+    assert_same(our_output({key: value for key, value in tensors.items() if key.startswith("lora_unet_")}), found)
+
+
+def of_clips(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if key.startswith("lora_te")}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"split_qkv": "True"}])
