@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer
 
 logger = logging.getLogger(__name__)
+Old = Callable[[], list[Path]]
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -105,7 +106,7 @@ class RunEvents:
         self.previews = self.metrics.start(position)
         self._tell_report(position)
         if self.previewer and (self.args.sample_at_first and position.step == 0):
-            self.make_previews(position, epoch=None)
+            self.make_previews(position, epoch=0 if self.args.sample_every_n_epochs else None)
         return position
 
     def finish(self, position: Position) -> Path:
@@ -164,27 +165,33 @@ class RunEvents:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def save_at_step(self, position: Position, with_state: bool) -> None:
-        args, step = self.args, position.step
-        old = self.names.old_steps(step, args.save_last_n_steps) if args.save_last_n_steps else []
-        self.save_weights(self.names.step(step), position, old)
+        args, names, step = self.args, self.names, position.step
+
+        def old(keep: int | None, states: bool) -> list[Path]:
+            return names.old_steps(step, keep, states) if keep else []
+
+        self.save_weights(names.step(step), position, lambda: old(args.save_last_n_steps, False))
         if with_state:
             keep = args.save_last_n_steps_state or args.save_last_n_steps
-            self.save_state(
-                self.names.state_step(step), position, self.names.old_steps(step, keep, True) if keep else []
-            )
+            self.save_state(names.state_step(step), position, lambda: old(keep, True))
 
     def save_at_epoch(self, position: Position) -> None:
-        args, epoch = self.args, position.epoch
+        args, names, epoch = self.args, self.names, position.epoch
         every = self.rhythm.every_epochs or 1
-        old = self.names.old_epochs(epoch, every * args.save_last_n_epochs) if args.save_last_n_epochs else []
-        self.save_weights(self.names.epoch(epoch), position, old)
+
+        def old(keep: int | None, states: bool) -> list[Path]:
+            return names.old_epochs(epoch, every * keep, states) if keep else []
+
+        self.save_weights(names.epoch(epoch), position, lambda: old(args.save_last_n_epochs, False))
         if args.save_state:
             keep = args.save_last_n_epochs_state or args.save_last_n_epochs
-            old_states = self.names.old_epochs(epoch, every * keep, True) if keep else []
-            self.save_state(self.names.state_epoch(epoch), position, old_states)
+            self.save_state(names.state_epoch(epoch), position, lambda: old(keep, True))
 
-    def save_weights(self, path: Path, position: Position, old: list[Path] | None = None) -> None:
-        """Hand a copy of the LoRA to the saver. With an EMA its average is saved beside, or instead."""
+    def save_weights(self, path: Path, position: Position, old: Old = list) -> None:
+        """Hand a copy of the LoRA to the saver. With an EMA its average is saved beside, or instead.
+
+        old: which files may go, asked once the new one is on the disk.
+        """
         self.last_saved_at, self.last_saved_step = time.monotonic(), position.step
         if self.metadata is None:
             return
@@ -207,7 +214,7 @@ class RunEvents:
             for target, tensors in wanted:
                 write_weights(target, tensors, described.with_hashes(metadata, tensors, wait=final))
                 self.upload(target)
-            remove([p for p in old or [] if p not in {target for target, _ in wanted}])
+            remove([p for p in old() if p not in {target for target, _ in wanted}])
 
         self.saver.submit(write)
 
@@ -242,7 +249,7 @@ class RunEvents:
 
         return write
 
-    def save_state(self, folder: Path, position: Position, old: list[Path] | None = None) -> None:
+    def save_state(self, folder: Path, position: Position, old: Old = list) -> None:
         """Hand a snapshot of the whole run to the saver; several processes write together."""
         trainer = self.trainer
         snapshot = take_snapshot(
@@ -256,14 +263,14 @@ class RunEvents:
             write_state(folder, snapshot, trainer.accelerator.process_index, trainer.accelerator.wait_for_everyone)
             if self.main:
                 self.upload(folder)
-                remove(old or [])
+                remove(old())
             return
 
         def write() -> None:
             write_state(folder, snapshot)
             logger.info("Saved state %s", folder)
             self.upload(folder)
-            remove([p for p in old or [] if p != folder])
+            remove([p for p in old() if p != folder])
 
         self.saver.submit(write)
 

@@ -191,7 +191,7 @@ class RunMetrics:
 
 def shared_options(args: Any) -> dict[str, Any]:
     """The options that may be shown to others: no secret, and no path, which would tell names of people and machines."""
-    private = {option.dest for option in OPTIONS if option.secret or option.type is path_type}
+    private = {option.dest for option in OPTIONS if option.secret or option.type is path_type} | {"resume"}
     return {name: value for name, value in sorted(vars(args).items()) if name not in private}
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from library.files import flush_to_disk, save_safetensors, write_text
+from library.files import flush_folder, flush_to_disk, save_safetensors, write_text
 from library.options.errors import UserError
 
 FORMAT = 1
@@ -190,11 +190,13 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
         flush_to_disk(path)
     if not folder.exists():
         os.replace(temporary, folder)
+        flush_folder(folder.parent)
         return
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(folder, old)
     os.replace(temporary, folder)
+    flush_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

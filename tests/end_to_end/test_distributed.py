@@ -44,6 +44,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(workshop: Workshop,
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)  # Adam magnifies rounding of tiny gradients
     assert len(list((tmp_path / "two" / "sample").glob("*.png"))) == 2
+    assert (tmp_path / "two" / "lora_contact_sheet.png").exists()
     assert len(list((tmp_path / "two" / "lora-state").glob("random_states_*.pt"))) == 2
     losses = [_validation(tmp_path / folder) for folder in ("one", "two")]
     assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-4)

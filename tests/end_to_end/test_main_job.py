@@ -130,8 +130,8 @@ def test_a_lora_of_real_photographs(workshop: Workshop, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     previews = sorted((tmp_path / "out" / "sample").glob("*.png"))
     assert [p.name.split("_202")[0] for p in previews] == [
-        "photos_000000_00",
-        "photos_000000_01",
+        "photos_e000000_00",
+        "photos_e000000_01",
         "photos_e000002_00",
         "photos_e000002_01",
     ]
