@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 from torch import Tensor
 
 from library.sd3.checkpoint import locate_parts
-from networks.diffusers_layout import diffusers_paths, fit
+from networks.diffusers_layout import fit
+from networks.diffusers_names import diffusers_paths
 from networks.merging import check_change, kind_of
 from networks.weight_files import listed
 from tools.checkpoint_weights import TITLES, Weight, lora_weights

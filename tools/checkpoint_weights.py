@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.options.errors import UserError
 from library.sd3.checkpoint import ModelFiles, TensorInfo
 from library.sd3.tensor_io import TORCH_DTYPES
-from networks.diffusers_layout import diffusers_paths
+from networks.diffusers_names import diffusers_paths
 from networks.frozen_layers import FrozenLayer
 
 PREFIXES = {"mmdit": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5xxl": "lora_te3_"}
