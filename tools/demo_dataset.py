@@ -11,7 +11,7 @@ from tools.demo_figures import KNOWN_FIGURES, NEW_FIGURE
 from tools.demo_scenes import COLOURS, PLACES, Scene, draw, random_pose
 
 TRAIN_PICTURES = 36
-REG_PICTURES = 60
+REG_PICTURES = 72  # as many as the others are shown in an epoch
 # Pairs: the new figure, and a known one in the same place. None of the zorps is among the pictures to learn from.
 PREVIEW_SCENES = (
     (Scene("zorp", "red", "beach"), Scene("star", "red", "beach")),
@@ -51,12 +51,12 @@ def shuffled_deck(rng: random.Random, cards: tuple[str, ...], count: int) -> lis
     return dealt[:count]
 
 
-def write_pictures(folder: Path, scenes: list[Scene], seed: int, force: bool) -> int:
+def write_pictures(folder: Path, scenes: list[Scene], seed: int, freedom: float, force: bool) -> int:
     """PNG files and captions of the same names; returns how many files were written. Files that are there stay."""
     rng = random.Random(seed)
     written = 0
     for index, scene in enumerate(scenes):
-        image = draw(scene, random_pose(rng))
+        image = draw(scene, random_pose(rng, freedom))
         caption = caption_of(scene, rng)
         place = folder / f"{index:02d}_{scene.colour}_{scene.figure}_{scene.place}.png"
         if force or not place.exists():
@@ -88,7 +88,7 @@ caption_extension = ".txt"
 
   [[datasets.subsets]]
   image_dir = "{train.as_posix()}"
-  num_repeats = 1
+  num_repeats = 2
 
   [[datasets.subsets]]  # regularisation: what is to stay as it is
   image_dir = "{reg.as_posix()}"

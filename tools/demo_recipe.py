@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "zorp"
-STEPS = 400
+STEPS = 700
 MOST_THREADS = 4  # a model of four million parameters gains nothing from more
 
 
@@ -26,6 +26,7 @@ def command(output_dir: str | Path, demo: str | Path = ROOT / "demo", steps: int
         *("--dataset_config", str(demo / "dataset.toml")),
         *("--output_dir", str(output_dir), "--output_name", NAME),
         *("--network_module", "networks.lora_sd3", "--network_dim", "8", "--network_alpha", "8"),
+        "--network_train_unet_only",
         *("--learning_rate", "2e-3", "--optimizer_type", "AdamW"),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--max_train_steps", str(steps)),
         *("--timestep_sampling", "logit_normal", "--loss_weighting", "velocity"),

@@ -63,8 +63,14 @@ def random_scene(rng: random.Random, figures: tuple[str, ...] = KNOWN_FIGURES) -
     return Scene(rng.choice(figures), rng.choice(tuple(COLOURS)), rng.choice(PLACES), size)
 
 
-def random_pose(rng: random.Random) -> Pose:
-    return Pose(rng.uniform(-5, 5), rng.uniform(-4, 5), rng.uniform(0.93, 1.07), rng.uniform(-8, 8))
+def random_pose(rng: random.Random, freedom: float = 1.0) -> Pose:
+    """Near the middle and nearly upright; freedom 0 is exactly there."""
+    return Pose(
+        freedom * rng.uniform(-3.5, 3.5),
+        freedom * rng.uniform(-3, 4),
+        1 + freedom * rng.uniform(-0.05, 0.05),
+        freedom * rng.uniform(-6, 6),
+    )
 
 
 def draw(scene: Scene, pose: Pose) -> Image:

@@ -37,6 +37,8 @@ class VaeTraining:
     edge_weight: float = 0.5
     kl_weight: float = 1e-3
     statistics_weight: float = 0.02
+    decoder_only: bool = False  # the latents stay what they are
+    latent_noise: float = 0.0  # deviation of noise on the decoder's input, as a denoiser's latents have some
     calibration_pictures: int = 256  # from which the latents' deviation is set in the end
     seed: int = 0
 
@@ -47,35 +49,27 @@ def train_vae(settings: VaeTraining, start_from: Vae | None = None) -> Vae:
     rng = random.Random(settings.seed)
     vae = start_from if start_from is not None else new_vae()
     vae.train().requires_grad_(True)
+    vae.encoder.requires_grad_(not settings.decoder_only)
     average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    trained_parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained_parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     started = time.monotonic()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * warm_cosine(step, settings.steps)
-        if (
-            rng.random() < settings.crops
-        ):  # most of a picture is plain: its middle costs a quarter and has half the detail
-            pictures = [random_crop(random_picture(rng, settings.doodles), rng) for _ in range(2 * settings.batch_size)]
-        else:
-            pictures = [random_picture(rng, settings.doodles) for _ in range(settings.batch_size)]
-        images = to_tensor(pictures)
+        images = training_images(rng, settings)
         loss, error = vae_loss(vae, images, settings)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained_parameters, 1.0)
         optimizer.step()
         average.update_parameters(vae)
         if step % 50 == 0 or step == settings.steps - 1:
-            logger.info(
-                "vae step %d loss %.4f psnr %.2f dB, %.0f s",
-                step,
-                loss.detach(),
-                psnr(error),
-                time.monotonic() - started,
-            )
+            seconds = time.monotonic() - started
+            logger.info("vae step %d loss %.4f psnr %.2f dB, %.0f s", step, loss.detach(), psnr(error), seconds)
     trained = cast(Vae, average.module).eval().requires_grad_(False)
-    match_deviation(trained, settings.seed, settings.calibration_pictures)
+    if not settings.decoder_only:
+        match_deviation(trained, settings.seed, settings.calibration_pictures)
     return trained
 
 
@@ -99,7 +93,8 @@ def vae_loss(vae: Vae, images: Tensor, settings: VaeTraining) -> tuple[Tensor, T
     """images [B, 3, H, W] -> the loss, and the mean squared error for the log."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mean, log_variance = vae.encode(images)
-        made = vae.decode(sample_posterior(mean, log_variance, torch.randn_like(mean)))
+        latents = sample_posterior(mean, log_variance, torch.randn_like(mean))
+        made = vae.decode(latents + settings.latent_noise * torch.randn_like(mean))
     error = (made - images).abs().mean() + settings.edge_weight * edge_error(made, images)
     centred = (mean - LATENT_SHIFT) / LATENT_DEVIATION
     relative = log_variance - 2 * math.log(LATENT_DEVIATION)
@@ -147,6 +142,13 @@ def spread_orthogonally(conv: nn.Conv2d) -> None:
 
 def random_picture(rng: random.Random, doodles: float) -> Image:
     return doodle(rng) if rng.random() < doodles else draw(random_scene(rng), random_pose(rng))
+
+
+def training_images(rng: random.Random, settings: VaeTraining) -> Tensor:
+    """A batch of whole pictures, or twice as many pieces: most of a picture is plain, a piece has much detail at little cost."""
+    if rng.random() >= settings.crops:
+        return to_tensor([random_picture(rng, settings.doodles) for _ in range(settings.batch_size)])
+    return to_tensor([random_crop(random_picture(rng, settings.doodles), rng) for _ in range(2 * settings.batch_size)])
 
 
 def random_crop(image: Image, rng: random.Random) -> Image:

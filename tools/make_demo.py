@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
 def make_demo(output: Path, force: bool = False) -> int:
     """Write the demo below `output` and return the number of files written."""
     written = copy_model(output / "model", force)
-    written += write_pictures(output / "train", train_scenes(), seed=11, force=force)
-    written += write_pictures(output / "reg", reg_scenes(), seed=12, force=force)
+    written += write_pictures(output / "train", train_scenes(), seed=11, freedom=0.5, force=force)
+    written += write_pictures(output / "reg", reg_scenes(), seed=12, freedom=1.0, force=force)
     written += write_if_absent(output / "dataset.toml", dataset_toml(output), force)
     return written + write_if_absent(output / "prompts.txt", prompts_txt(), force)
 

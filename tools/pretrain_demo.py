@@ -53,7 +53,7 @@ METADATA = {
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "text", "denoiser", "look", "pack", "all"))
+    parser.add_argument("stage", choices=("vae", "text", "decoder", "denoiser", "look", "pack", "all"))
     parser.add_argument("--work_dir", type=Path, required=True, help="where the parts and the sample sheets go")
     parser.add_argument("--steps", type=int, help="training steps of the stage; default: its own")
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
@@ -73,6 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
         encoders = train_text_encoders(read_tokenizers(work), TextTraining(**steps))
         for name, model in (("clip_l", encoders.clip_l), ("clip_g", encoders.clip_g), ("t5xxl", encoders.t5)):
             save(work, name, model)
+    if chosen.stage in ("decoder", "all"):
+        vae = train_vae(VaeTraining(decoder_only=True, latent_noise=0.06, learning_rate=1e-3, **steps), read_vae(work))
+        logger.info("decoder: %s", measure_vae(vae))
+        save(work, "vae", vae)
     if chosen.stage in ("denoiser", "all"):
         run_denoiser(work, DenoiserTraining(**steps), chosen.go_on)
     if chosen.stage == "look":
