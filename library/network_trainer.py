@@ -355,42 +355,40 @@ class NetworkTrainer(ModelFamily):
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _fill_texts(self, cache: TextCache, names: Sequence[str]) -> TextCache:
-        missing = cache.missing()
-        problems = cache.check(missing)
-        if problems:
-            raise UserError(problems)
-        if missing or cache.missing_further():
-            size = self.args.text_encoder_batch_size or 1
+        size = self.args.text_encoder_batch_size or 1
 
-            def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
-                return self.text_stage.encode_ahead(
-                    texts, names, size, lambda b: self._progress(b, "Encoding captions")
-                )
+        def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
+            return self.text_stage.encode_ahead(texts, names, size, lambda b: self._progress(b, "Encoding captions"))
 
-            cache.fill(self._share(cache, missing), encode, TEXTS_AT_ONCE)
-        self.accelerator.wait_for_everyone()
+        for share in self._shares(cache):
+            if share or cache.missing_further():
+                cache.fill(share, encode, TEXTS_AT_ONCE)
         return cache
-
-    def _share(self, cache: TextCache | LatentCache, missing: list[T]) -> list[T]:
-        """What this process makes of a cache: its part of one on disk; all of one in memory, which it has for itself."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return missing[rank::processes] if cache.settings.on_disk else missing
 
     def _fill_latents(self, cache: LatentCache) -> LatentCache:
-        missing = cache.missing()
+        def encode(images: Tensor, noise: Tensor) -> Tensor:
+            return self.encode_images(images.to(self.device), noise.to(self.device))
+
+        for share in self._shares(cache):
+            if share:
+                if self.vae is None:
+                    self.vae = self.load_vae()
+                cache.fill(share, encode, self.args.vae_batch_size, self._progress)
+        return cache
+
+    def _shares(self, cache: TextCache | LatentCache) -> Iterator[list[Any]]:
+        """What this process has to make of a cache: its share, then what is still missing (the machines may share no disk)."""
+        missing: list[Any] = cache.missing()
         problems = cache.check(missing)
         if problems:
             raise UserError(problems)
-        if missing:
-            if self.vae is None:
-                self.vae = self.load_vae()
-
-            def encode(images: Tensor, noise: Tensor) -> Tensor:
-                return self.encode_images(images.to(self.device), noise.to(self.device))
-
-            cache.fill(self._share(cache, missing), encode, self.args.vae_batch_size, self._progress)
+        processes = self.accelerator.num_processes
+        self.accelerator.wait_for_everyone()  # nobody writes before all have looked: the shares are of one list
+        yield cache.share(missing, self.accelerator.process_index, processes)
         self.accelerator.wait_for_everyone()
-        return cache
+        if processes > 1:
+            yield cache.missing()
+            self.accelerator.wait_for_everyone()
 
     def _progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
         """A progress bar on the main process."""

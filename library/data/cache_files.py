@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,13 @@ def read_made_from(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_cache(path: Path) -> dict[str, Tensor]:
-    """The tensors of a cache file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_cache(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a cache file whose names are wanted; no others are read."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(str(path))
+        with safe_open(str(path), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: this cache file cannot be read ({error}). Delete it; it will be made again."

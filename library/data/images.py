@@ -76,9 +76,7 @@ def open_image(path: str) -> Image:
                 image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA" if "A" in image.mode else "RGB")
             )
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: this image cannot be read ({error}). Mend or remove it, or pass --skip_bad_images."
-        ) from error
+        raise UserError(f"{path}: this image cannot be decoded ({error}). Mend or remove it.") from error
 
 
 def mask_of(image: Image, record: ImageRecord, subset: SubsetSettings) -> Image | None:

@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.data.buckets import cover
 from library.data.cache_files import (
     FORMAT,
     cache_path,
@@ -53,41 +54,57 @@ class LatentCacheSettings:
     trust: bool = False  # take files that exist without opening them
 
 
-@dataclass(frozen=True)
+Key = tuple[int, int]
+"""Number of the dataset, number of the record in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An image of a dataset, for the cache."""
 
-    dataset: int
-    number: int
+    key: Key
     record: ImageRecord
     subset: SubsetSettings
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.dataset, self.number
+    kind: str  # of the cache file: what sets apart the caches of one image
+    flipped: bool  # whether mirrored latents are wanted too
 
 
 class LatentCache:
-    """Latents of all images of some datasets. `get` after `fill`."""
+    """Latents of all images of some datasets. `get` after `fill`.
+
+    Datasets that cut an image alike share its latents.
+    """
 
     def __init__(self, datasets: Sequence[IndexedDataset], settings: LatentCacheSettings):
         self.settings = settings
-        self.entries = {
-            (d, n): Entry(d, n, record, dataset.subset_of(record))
-            for d, dataset in enumerate(datasets)
-            for n, record in enumerate(dataset.records)
-        }
-        self.memory: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self.entries: dict[Key, Entry] = {}
+        self.same: dict[Key, Key] = {}  # the entry that stands for another one too
+        first: dict[tuple[str, str], Key] = {}
+        for d, dataset in enumerate(datasets):
+            for n, record in enumerate(dataset.records):
+                subset, key = dataset.subset_of(record), (d, n)
+                kind = _kind(record, subset)
+                known = first.setdefault((record.path, kind), key)
+                if known == key:
+                    self.entries[key] = Entry(key, record, subset, kind, subset.flip_aug)
+                    continue
+                self.same[key] = known
+                if subset.flip_aug:
+                    self.entries[known] = replace(self.entries[known], flipped=True)
+        self.memory: dict[Key, dict[str, Tensor]] = {}
 
     def get(self, dataset: int, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
         """latents [16, h, w] float32 and the mask [1, h, w] (None without one)."""
-        found = self.memory.get((dataset, number))
+        key = self.same.get((dataset, number), (dataset, number))
+        name = "latents_flipped" if flipped else "latents"
+        found = self.memory.get(key)
         if found is None:
-            found = read_cache(self._path(self.entries[dataset, number]))
+            path = self._path(self.entries[key])
+            found = read_cache(path, lambda there: there in (name, "mask"))
+            if name not in found:
+                raise UserError(f"{path}: it holds no {name}. Run once without --skip_cache_check to make it again.")
         mask = found.get("mask")
-        if flipped:
-            return found["latents_flipped"], None if mask is None else mask.flip(-1)
-        return found["latents"], mask
+        return found[name], mask.flip(-1) if mask is not None and flipped else mask
 
     def missing(self) -> list[Entry]:
         """The images whose latents are not there, or are stale."""
@@ -106,25 +123,39 @@ class LatentCache:
         needed: dict[Path, int] = {}
         for entry in missing:
             cells = entry.record.bucket[0] * entry.record.bucket[1] // LATENT_CELL**2
-            size = 4 * cells * (LATENT_CHANNELS * (1 + entry.subset.flip_aug) + 1)
+            size = 4 * cells * (LATENT_CHANNELS * (1 + entry.flipped) + 1)
             folder = self._path(entry).parent
             needed[folder] = needed.get(folder, 0) + size
         return check_writable(set(needed)) or room_problems(needed)
 
+    def share(self, missing: Sequence[Entry], rank: int, processes: int) -> list[Entry]:
+        """What one process makes of files that all have found missing; all of a cache in memory, which is its own."""
+        return list(missing[rank::processes] if self.settings.on_disk else missing)
+
     def fill(
         self, missing: Sequence[Entry], encode: EncodeImages, batch_size: int, wrap: Wrap, workers: int = 4
     ) -> None:
-        """Encode the missing images, batches of one size at a time; images are decoded ahead in threads."""
+        """Encode the missing images, batches of one size at a time; images are decoded ahead in threads.
+
+        UserError lists every image that cannot be read, when all the others are done.
+        """
         batches = list(_batched(missing, batch_size))
+        problems: list[str] = []
         with ThreadPoolExecutor(max(1, workers)) as pool:
             ahead = _ahead(pool, batches, depth=max(2, workers // max(1, batch_size)) + 1)
             for batch in wrap(batches, "Caching latents"):
-                self._encode(batch, next(ahead), encode)
+                done = list(zip(batch, next(ahead)))
+                problems += [text for _, found in done if isinstance(found, UserError) for text in found.problems]
+                readable = [(entry, found) for entry, found in done if isinstance(found, Pixels)]
+                if readable:
+                    self._encode([entry for entry, _ in readable], [pixels for _, pixels in readable], encode)
+        if problems:
+            raise UserError(problems)
 
     def _encode(self, batch: Sequence[Entry], pixels: Sequence[Pixels], encode: EncodeImages) -> None:
         images = to_tensor([p.image for p in pixels])
         latents = encode(images, torch.stack([posterior_noise(entry.record) for entry in batch])).float().cpu()
-        flips = [index for index, entry in enumerate(batch) if entry.subset.flip_aug]
+        flips = [index for index, entry in enumerate(batch) if entry.flipped]
         flipped: dict[int, Tensor] = {}
         if flips:
             noise = torch.stack([posterior_noise(batch[index].record, "flipped") for index in flips])
@@ -140,16 +171,16 @@ class LatentCache:
                     f"{entry.record.path}: its latents are not finite. Use --no_half_vae, or remove the image."
                 )
             if self.settings.on_disk:
-                write_cache(self._path(entry), tensors, self._made_from(entry, content_hash(entry.record.path)))
+                write_cache(self._path(entry), tensors, self._made_from(entry, *_contents(entry.record)))
             else:
                 self.memory[entry.key] = tensors
 
     def _path(self, entry: Entry) -> Path:
-        width, height = entry.record.bucket
-        return cache_path(entry.record.path, f"{width}x{height}.latents", self.settings.cache_dir)
+        return cache_path(entry.record.path, entry.kind, self.settings.cache_dir)
 
-    def _made_from(self, entry: Entry, content: str) -> dict[str, Any]:
+    def _made_from(self, entry: Entry, content: str, mask_content: str) -> dict[str, Any]:
         record, subset = entry.record, entry.subset
+        mask_size, mask_time = _stamp(record.mask_path)
         return {
             "content": content,
             "file_size": record.file_size,
@@ -158,23 +189,29 @@ class LatentCache:
             "bucket": list(record.bucket),
             "resized": list(record.resized),
             "interpolation": subset.resize_interpolation,
-            "flipped": subset.flip_aug,
-            "mask": _mask_facts(record, subset),
+            "face_crop": list(subset.face_crop_aug_range or []),
+            "flipped": entry.flipped,
+            "mask": [Path(record.mask_path).name, mask_size] if record.mask_path else subset.alpha_mask,
+            "mask_content": mask_content,
+            "mask_mtime_ns": mask_time,
             "vae": self.settings.fingerprint,
         }
 
     def _is_fresh(self, entry: Entry) -> bool:
-        """Same size and time, or same content: a copied data set keeps its caches."""
+        """Same sizes and times, or same contents: a copied data set keeps its caches."""
         found = read_made_from(self._path(entry))
         if found is None:
             return False
-        wanted: dict[str, Any] = {"format": FORMAT, **self._made_from(entry, found.get("content", ""))}
-        if entry.subset.flip_aug is False:
+        contents = found.get("content", ""), found.get("mask_content", "")
+        wanted: dict[str, Any] = {"format": FORMAT, **self._made_from(entry, *contents)}
+        if not entry.flipped:
             wanted["flipped"] = found.get("flipped")  # a mirrored copy more does no harm
         if found == wanted:
             return True
-        same_but_time = {**found, "mtime_ns": None} == {**wanted, "mtime_ns": None}
-        return same_but_time and content_hash(entry.record.path) == found["content"]
+        return {**found, **NO_TIMES} == {**wanted, **NO_TIMES} and contents == _contents(entry.record)
+
+
+NO_TIMES = {"mtime_ns": None, "mask_mtime_ns": None}
 
 
 def posterior_noise(record: ImageRecord, kind: str = "") -> Tensor:
@@ -198,14 +235,29 @@ def shrink_mask(mask: np.ndarray) -> Tensor:
     return F.interpolate(wide, (mask.shape[0] // LATENT_CELL, mask.shape[1] // LATENT_CELL), mode="area")[0]
 
 
-def _mask_facts(record: ImageRecord, subset: SubsetSettings) -> Any:
-    if record.mask_path is None:
-        return subset.alpha_mask
-    try:
-        status = Path(record.mask_path).stat()
-    except OSError:
-        return record.mask_path
-    return [Path(record.mask_path).name, status.st_size, status.st_mtime_ns]
+def _kind(record: ImageRecord, subset: SubsetSettings) -> str:
+    """The bucket, and a mark of what else decides the latents where that is not the default."""
+    width, height = record.bucket
+    mask = Path(record.mask_path).parent.name if record.mask_path else subset.alpha_mask
+    scaled = None if record.resized == cover(record.size, record.bucket) else record.resized
+    facts = (subset.resize_interpolation, subset.face_crop_aug_range, mask, scaled)
+    if not any(facts):
+        return f"{width}x{height}.latents"
+    mark = hashlib.blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=3).hexdigest()
+    return f"{width}x{height}-{mark}.latents"
+
+
+def _contents(record: ImageRecord) -> tuple[str, str]:
+    """Hashes of the image and of its mask file, "" without one."""
+    return content_hash(record.path), content_hash(record.mask_path) if record.mask_path else ""
+
+
+def _stamp(path: str | None) -> tuple[int, int]:
+    """Size in bytes and time in ns of a mask file; zeros without one."""
+    if path is None:
+        return 0, 0
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _batched(missing: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
@@ -218,8 +270,10 @@ def _batched(missing: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]
             yield entries[start : start + batch_size]
 
 
-def _ahead(pool: ThreadPoolExecutor, batches: Sequence[Sequence[Entry]], depth: int) -> Iterator[list[Pixels]]:
-    """The pixels of each batch, with up to `depth` batches being decoded ahead."""
+def _ahead(
+    pool: ThreadPoolExecutor, batches: Sequence[Sequence[Entry]], depth: int
+) -> Iterator[list[Pixels | UserError]]:
+    """The pixels of each batch, or why an image has none, with up to `depth` batches being decoded ahead."""
     waiting = [[pool.submit(_read, entry) for entry in batch] for batch in batches[:depth]]
     for place in range(len(batches)):
         futures = waiting.pop(0)
@@ -228,5 +282,8 @@ def _ahead(pool: ThreadPoolExecutor, batches: Sequence[Sequence[Entry]], depth: 
         yield [future.result() for future in futures]
 
 
-def _read(entry: Entry) -> Pixels:
-    return read_pixels(entry.record, entry.subset, random.Random(0))
+def _read(entry: Entry) -> Pixels | UserError:
+    try:
+        return read_pixels(entry.record, entry.subset, random.Random(0))
+    except UserError as error:
+        return error

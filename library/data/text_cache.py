@@ -53,6 +53,12 @@ class TextCache:
             (d, n): record.path for d, dataset in enumerate(datasets) for n, record in enumerate(dataset.records)
         }
         self.texts = {key: self._texts_of(datasets[key[0]], key[1]) for key in self.paths}
+        self.stored: dict[
+            str, list[str]
+        ] = {}  # image -> the distinct texts in its file, those of all datasets that have it
+        for key, path in self.paths.items():
+            texts = self.stored.setdefault(path, [])
+            texts += [text for text in dict.fromkeys(self.texts[key]) if text not in texts]
         subsets = [subset.captions for dataset in datasets for subset in dataset.settings.subsets]
         drops = any(s.caption_dropout_rate > 0 or s.caption_dropout_every_n_epochs > 0 for s in subsets)
         self.further = list(dict.fromkeys([*([""] if drops else []), *further]))
@@ -68,20 +74,31 @@ class TextCache:
         text = "" if dropped else texts[variant % len(texts)]
         if text in self.memory:  # all texts of a cache in memory; the empty caption always
             return text, self.memory[text]
-        found = read_cache(self._path(dataset, number))
-        place = texts.index(text)  # equal variants share the outputs of the first of them
-        names = [name for name in found if SEPARATOR not in name]
-        return text, {name: found[f"{name}{SEPARATOR}{place}" if place else name] for name in names}
+        path = self.paths[dataset, number]
+        place = self.stored[path].index(text)
+        found = read_cache(self._path(path), lambda name: name.partition(SEPARATOR)[2] == (str(place) if place else ""))
+        return text, {name.partition(SEPARATOR)[0]: tensor for name, tensor in found.items()}
 
-    def missing(self) -> list[tuple[int, int]]:
-        """The images whose texts are not there, or are stale: another caption, token length, mask setting or encoder."""
+    def missing(self) -> list[str]:
+        """The images whose outputs are not there, or are stale. Nothing is missing: no reason to load an encoder."""
         if not self.settings.on_disk:
-            return [key for key, texts in self.texts.items() if any(text not in self.memory for text in texts)]
+            return [path for path, texts in self.stored.items() if any(text not in self.memory for text in texts)]
         if self.settings.trust:
-            return [key for key in self.texts if not self._path(*key).exists()]
+            return [path for path in self.stored if not self._path(path).exists()]
         with ThreadPoolExecutor(8) as pool:
-            fresh = pool.map(self._is_fresh, self.texts)
-            return [key for key, is_fresh in zip(self.texts, fresh) if not is_fresh]
+            return [path for path, is_fresh in zip(self.stored, pool.map(self._is_fresh, self.stored)) if not is_fresh]
+
+    def share(self, missing: Sequence[str], rank: int, processes: int) -> list[str]:
+        """What one process makes of files that all have found missing; all of a cache in memory, which is its own.
+
+        Images with one caption are one process's, so that it is encoded once.
+        """
+        if not self.settings.on_disk:
+            return list(missing)
+        owners: dict[str, int] = {}
+        for path in missing:
+            owners.setdefault(self.stored[path][0], len(owners) % processes)
+        return [path for path in missing if owners[self.stored[path][0]] == rank]
 
     def missing_further(self) -> list[str]:
         """The further texts that are not there, or are stale. Those that are in files are read into memory."""
@@ -91,17 +108,17 @@ class TextCache:
                 self.memory[text] = read_cache(path)
         return [text for text in self.further if text not in self.memory]
 
-    def check(self, missing: Sequence[tuple[int, int]]) -> list[str]:
+    def check(self, missing: Sequence[str]) -> list[str]:
         """Problems that would stop `fill`: folders that cannot be written, disks with too little room."""
         if not self.settings.on_disk:
             return []
         needed: dict[Path, int] = {}
-        for key in missing:
-            folder = self._path(*key).parent
-            needed[folder] = needed.get(folder, 0) + self.settings.bytes_each * len(set(self.texts[key]))
+        for path in missing:
+            folder = self._path(path).parent
+            needed[folder] = needed.get(folder, 0) + self.settings.bytes_each * len(self.stored[path])
         return check_writable(set(needed)) or room_problems(needed)
 
-    def fill(self, missing: Sequence[tuple[int, int]], encode: EncodeCaptions, chunk: int = 1024) -> None:
+    def fill(self, missing: Sequence[str], encode: EncodeCaptions, chunk: int = 1024) -> None:
         """Encode each distinct text of the missing images once, `chunk` texts a call, and the further texts that are missing."""
         further = self.missing_further()
         for text, found in zip(further, encode(further) if further else []):
@@ -110,38 +127,37 @@ class TextCache:
             if path is not None:
                 write_cache(path, found, self._further_made_from(text))
         if not self.settings.on_disk:
-            todo = list(dict.fromkeys(text for key in missing for text in self.texts[key] if text not in self.memory))
+            todo = list(dict.fromkeys(text for image in missing for text in self.stored[image]))
+            todo = [text for text in todo if text not in self.memory]
             for start in range(0, len(todo), chunk):
                 part = todo[start : start + chunk]
                 self.memory.update(zip(part, encode(part)))
             return
         for group in self._grouped(missing, chunk):
-            distinct = list(dict.fromkeys(text for key in group for text in self.texts[key]))
+            distinct = list(dict.fromkeys(text for image in group for text in self.stored[image]))
             outputs = dict(zip(distinct, encode(distinct)))
-            for key in group:
-                self._write(key, outputs)
+            for image in group:
+                self._write(image, outputs)
 
-    def _grouped(self, missing: Sequence[tuple[int, int]], chunk: int) -> list[list[tuple[int, int]]]:
+    def _grouped(self, missing: Sequence[str], chunk: int) -> list[list[str]]:
         """Images in groups of about `chunk` texts; images that share their texts are in one group."""
-        by_text = sorted(missing, key=lambda key: self.texts[key])
-        groups: list[list[tuple[int, int]]] = []
+        groups: list[list[str]] = []
         seen: set[str] = set()
-        for key in by_text:
-            new = set(self.texts[key]) - seen
+        for image in sorted(missing, key=lambda path: self.stored[path]):
+            new = set(self.stored[image]) - seen
             if not groups or len(seen) + len(new) > chunk:
                 groups.append([])
                 seen = set()
-            groups[-1].append(key)
-            seen |= set(self.texts[key])
+            groups[-1].append(image)
+            seen |= set(self.stored[image])
         return groups
 
-    def _write(self, key: tuple[int, int], found: dict[str, dict[str, Tensor]]) -> None:
+    def _write(self, image: str, found: dict[str, dict[str, Tensor]]) -> None:
         tensors = {}
-        for text in dict.fromkeys(self.texts[key]):
-            place = self.texts[key].index(text)
-            suffix = f"{SEPARATOR}{place}" if place else ""
-            tensors.update({f"{name}{suffix}": tensor for name, tensor in found[text].items()})
-        write_cache(self._path(*key), tensors, self._made_from(key))
+        for place, text in enumerate(self.stored[image]):
+            mark = f"{SEPARATOR}{place}" if place else ""
+            tensors.update({f"{name}{mark}": tensor for name, tensor in found[text].items()})
+        write_cache(self._path(image), tensors, self._made_from(image))
 
     def _texts_of(self, dataset: IndexedDataset, number: int) -> list[str]:
         record = dataset.records[number]
@@ -151,8 +167,8 @@ class TextCache:
         pipeline = CaptionPipeline(subset.captions, 1)
         return pipeline.variants(record.caption, self.settings.variants, self.settings.seed)
 
-    def _path(self, dataset: int, number: int) -> Path:
-        return cache_path(self.paths[dataset, number], "text", self.settings.cache_dir)
+    def _path(self, image: str) -> Path:
+        return cache_path(image, "text", self.settings.cache_dir)
 
     def _further_path(self, text: str) -> Path | None:
         """Where a text that belongs to no image is kept: in cache_dir, or beside the first image."""
@@ -161,14 +177,14 @@ class TextCache:
             return None
         return (self.settings.cache_dir or Path(first).parent) / f"further-{_digest(text)}.text.safetensors"
 
-    def _made_from(self, key: tuple[int, int]) -> dict[str, object]:
-        return {"captions": [_digest(text) for text in self.texts[key]], "encoders": self.settings.fingerprint}
+    def _made_from(self, image: str) -> dict[str, object]:
+        return {"captions": [_digest(text) for text in self.stored[image]], "encoders": self.settings.fingerprint}
 
     def _further_made_from(self, text: str) -> dict[str, object]:
         return {"format": FORMAT, "captions": [_digest(text)], "encoders": self.settings.fingerprint}
 
-    def _is_fresh(self, key: tuple[int, int]) -> bool:
-        return read_made_from(self._path(*key)) == {"format": FORMAT, **self._made_from(key)}
+    def _is_fresh(self, image: str) -> bool:
+        return read_made_from(self._path(image)) == {"format": FORMAT, **self._made_from(image)}
 
 
 def _digest(text: str) -> str:

@@ -138,7 +138,7 @@ def test_an_edited_caption_or_another_encoder_is_stale(tmp_path: Path):
     filled_texts(datasets_of(folder), Encoders())
     (folder / "2_thing" / "3.txt").write_text("edited", encoding="utf-8")
     missing = TextCache(datasets_of(folder), TextCacheSettings("te", on_disk=True)).missing()
-    assert missing == [(0, 3)]
+    assert [Path(image).name for image in missing] == ["3.png"]
     prefixed = datasets_of(folder, caption_prefix="new,")
     assert len(TextCache(prefixed, TextCacheSettings("te", on_disk=True)).missing()) == 5
     assert len(TextCache(datasets_of(folder), TextCacheSettings("another", on_disk=True)).missing()) == 5
@@ -209,6 +209,108 @@ def test_a_disk_with_too_little_room_is_told_before_anything_is_encoded(tmp_path
     assert "need 0.00 GiB" in problem and "--cache_dir" in problem
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 10))
     assert len(latents.check(latents.missing())) == 1
+
+
+def two_datasets(tmp_path: Path, first: str, second: str) -> list[IndexedDataset]:
+    """One folder in two datasets, each with lines of its own in its subset."""
+    images = folder_of_images(tmp_path) / "2_thing"
+    tables = [
+        f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = {str(images)!r}\n"
+        f"caption_extension = '.txt'\n{lines}\n"
+        for lines in (first, second)
+    ]
+    path = tmp_path / "two.toml"
+    path.write_text("".join(tables), encoding="utf-8")
+    return build_index(read_datasets(str(path), CommandLineData())).training
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_image_of_two_datasets_has_the_text_of_each(tmp_path: Path, on_disk: bool):
+    datasets = two_datasets(tmp_path, "caption_prefix = 'one'", "caption_prefix = 'another'")
+    cache = filled_texts(datasets, Encoders(), on_disk=on_disk)
+    assert cache.missing() == []
+    for dataset, word in enumerate(("one", "another")):
+        text, outputs = cache.get(dataset, 1, 0, False)
+        assert text.startswith(f"{word} thing") and set(outputs) == {"clip_l", "t5"}
+        assert outputs["clip_l"][0, 0] == len(text) and outputs["t5"].item() == hash(text) % 97.0
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_image_of_two_datasets_is_encoded_once_and_mirrored_if_one_wants_it(tmp_path: Path, on_disk: bool):
+    datasets, encoders = two_datasets(tmp_path, "", "flip_aug = true"), Encoders()
+    cache = filled_latents(datasets, encoders, on_disk=on_disk)
+    assert encoders.images == 10 and cache.missing() == []
+    assert torch.equal(cache.get(0, 2, False)[0], cache.get(1, 2, False)[0])
+    assert cache.get(1, 2, True)[0].shape == cache.get(1, 2, False)[0].shape
+
+
+def test_datasets_that_cut_an_image_otherwise_have_files_of_their_own(tmp_path: Path):
+    datasets = two_datasets(tmp_path, "alpha_mask = true", "resize_interpolation = 'nearest'")
+    cache = filled_latents(datasets, Encoders())
+    assert cache.missing() == [] and len(list((tmp_path / "2_thing").glob("*.safetensors"))) == 10
+    assert cache.get(0, 1, False)[1] is not None and cache.get(1, 1, False)[1] is None
+    assert not torch.equal(cache.get(0, 1, False)[0], cache.get(1, 1, False)[0])
+
+
+def test_every_damaged_image_is_named_and_the_others_are_kept(tmp_path: Path):
+    datasets = datasets_of(folder_of_images(tmp_path))
+    for name in ("1.png", "4.png"):  # damaged after they were indexed
+        path = tmp_path / "2_thing" / name
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError) as told:
+        filled_latents(datasets, Encoders())
+    assert len(told.value.problems) == 2
+    assert "1.png" in told.value.problems[0] + told.value.problems[1] and "4.png" in told.value.as_text()
+    assert len(list((tmp_path / "2_thing").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_processes_make_files_between_them_without_overlap(tmp_path: Path, processes: int):
+    datasets = datasets_of(folder_of_images(tmp_path, 9))
+    latents = LatentCache(datasets, LatentCacheSettings("vae", on_disk=True))
+    texts = TextCache(datasets, TextCacheSettings("te", on_disk=True))
+    missing_latents, missing_texts, encoders = latents.missing(), texts.missing(), Encoders()
+    for rank in range(processes):
+        share = latents.share(missing_latents, rank, processes)
+        latents.fill(share, encoders.encode_images, 2, lambda batches, title: batches)
+        texts.fill(texts.share(missing_texts, rank, processes), encoders.encode_texts)
+    assert encoders.images == 9 and latents.missing() == []
+    assert len(encoders.texts) == 2 and texts.missing() == []
+    alone = LatentCache(datasets, LatentCacheSettings("vae"))
+    assert alone.share(alone.missing(), 1, processes) == alone.missing()  # memory is each process's own
+
+
+def test_a_replaced_mask_is_stale_and_a_copied_one_is_not(tmp_path: Path):
+    images = folder_of_images(tmp_path, 2) / "2_thing"
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for number in range(2):
+        Image.new("L", (64, 64 + 32 * (number % 2)), 100).save(masks / f"{number}.png")
+    path = tmp_path / "d.toml"
+    path.write_text(
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = {str(images)!r}\n"
+        f"conditioning_data_dir = {str(masks)!r}\n",
+        encoding="utf-8",
+    )
+
+    def datasets() -> list[IndexedDataset]:
+        return build_index(read_datasets(str(path), CommandLineData(masked_loss=True))).training
+
+    cache = filled_latents(datasets(), Encoders())
+    assert cache.get(0, 0, False)[1].unique().item() == pytest.approx(100 / 255)
+    os.utime(masks / "0.png", ns=(1, 1))
+    assert LatentCache(datasets(), LatentCacheSettings("vae", on_disk=True)).missing() == []
+    Image.new("L", (64, 64), 200).save(masks / "0.png")
+    missing = LatentCache(datasets(), LatentCacheSettings("vae", on_disk=True)).missing()
+    assert [Path(entry.record.path).name for entry in missing] == ["0.png"]
+
+
+def test_a_trusted_file_without_mirrored_latents_is_told(tmp_path: Path):
+    folder = folder_of_images(tmp_path)
+    filled_latents(datasets_of(folder), Encoders())
+    trusting = filled_latents(datasets_of(folder, flip_aug=True), Encoders(), trust=True)
+    with pytest.raises(UserError, match="--skip_cache_check"):
+        trusting.get(0, 0, True)
 
 
 def test_several_resolutions_and_twin_stems_have_files_of_their_own(tmp_path: Path):
