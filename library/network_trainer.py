@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from library.data.examples import bucket_examples
 from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache, LatentCacheSettings
 from library.data.loader import Batch, Loader, LoaderSettings
 from library.data.text_cache import TextCache, TextCacheSettings
@@ -35,7 +36,7 @@ from library.run_settings import (
     tracking_settings,
 )
 from library.sd3.flow import validation_timesteps
-from library.training.dataset_sheets import write_dataset_sheets
+from library.training.dataset_sheets import PICTURES, write_dataset_sheets
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
 from library.training.hub import HubSettings, HubUploader, fetch_state
@@ -149,7 +150,7 @@ class NetworkTrainer(ModelFamily):
         for kind, batches in (("training", plan.training), ("validation", plan.validation)):
             if batches is not None:
                 folder, name = Path(args.output_dir) / "dataset", f"{args.output_name or 'last'}-{kind}"
-                for path in write_dataset_sheets(Loader(batches, settings).batches(0), folder, name):
+                for path in write_dataset_sheets(bucket_examples(batches, settings, PICTURES), folder, name):
                     print(f"{kind}: {path}")
 
     def cache_texts(self) -> None:

@@ -161,9 +161,10 @@ class Loader:
         latents: LatentCache | None = None,
         texts: TextCache | None = None,
     ):
-        """With latents and texts in memory there is nothing to wait for, and no workers are started."""
-        in_memory = bool(latents and texts and not latents.settings.on_disk and not texts.settings.on_disk)
-        workers = 0 if in_memory else settings.workers
+        """Where all is in memory there is nothing to wait for, and no workers are started."""
+        reads_latents = latents is None or latents.settings.on_disk
+        reads_texts = texts is not None and texts.settings.on_disk
+        workers = settings.workers if reads_latents or reads_texts else 0
         self.sampler = PlaceSampler(plan, settings.rank)
         self.loader: DataLoader[Batch] = DataLoader(
             BatchReader(plan.datasets, settings, latents, texts),

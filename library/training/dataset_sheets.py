@@ -1,9 +1,9 @@
-"""`--debug_dataset`: what training will see, as pictures: the cropped images of an epoch's batches with their captions."""
+"""`--debug_dataset`: what training will see, as pictures: for each bucket its images as cropped, with their captions."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.data.examples import BucketExamples
 from library.data.loader import Batch
-from library.files import atomic_write
+from library.files import atomic_write, write_text
 from library.training.contact_sheet import fitted
 
 if TYPE_CHECKING:
@@ -20,32 +21,39 @@ if TYPE_CHECKING:
 
 CELL, GAP, LINE, LINES = 256, 8, 12, 5  # pixels; lines of text under a picture
 COLUMNS, PICTURES = 4, 16  # of a sheet
-MOST = 64  # pictures in all
 
 
-def write_dataset_sheets(batches: Iterable[Batch], folder: Path, name: str) -> list[Path]:
-    """Draw the first samples of `batches`, which hold images, on sheets `<name>-00.png` … in `folder`. Returns their paths.
+def write_dataset_sheets(examples: Iterable[BucketExamples], folder: Path, name: str) -> list[Path]:
+    """Draw up to 16 samples of each bucket on a sheet `<name>-<dataset>-<W>x<H>.png` in `folder`. Returns what was written.
 
-    A masked sample is darkened where the loss does not count. The text below a picture: its file, size and caption.
+    A masked sample is darkened where the loss does not count. The text below a picture: its file and caption. The captions
+    stand in `<name>-captions.txt` too, whole and in every script.
     """
-    cells = list(islice(_cells(batches), MOST))
-    paths = []
-    for number in range(0, len(cells), PICTURES):
-        path = folder / f"{name}-{number // PICTURES:02d}.png"
-        _write_sheet(path, cells[number : number + PICTURES])
+    paths, captions = [], []
+    for found in examples:
+        title = f"{found.dataset + 1}-{found.bucket[0]}x{found.bucket[1]}"
+        samples = list(islice(_samples(found.batches), PICTURES))
+        path = folder / f"{name}-{title}.png"
+        _write_sheet(
+            path, [(picture, f"{file.name}\n{caption or '(empty caption)'}") for picture, file, caption in samples]
+        )
         paths.append(path)
+        captions += [f"{title}\t{file}\t{caption}\n" for _, file, caption in samples]
+    if captions:
+        write_text(folder / f"{name}-captions.txt", "".join(captions))
+        paths.append(folder / f"{name}-captions.txt")
     return paths
 
 
-def _cells(batches: Iterable[Batch]) -> Iterable[tuple[Image, str]]:
+def _samples(batches: Iterable[Batch]) -> Iterator[tuple[Image, Path, str]]:
+    """Picture, file and caption of each sample."""
     from PIL import Image as images
 
     for batch in batches:
         assert batch.images is not None
         masks = [None] * len(batch.images) if batch.mask is None else batch.mask
         for pixels, mask, caption, path in zip(batch.images, masks, batch.captions, batch.paths):
-            picture = images.fromarray(_bytes(pixels, mask).numpy())
-            yield picture, f"{Path(path).name} {batch.size[0]}x{batch.size[1]}\n{caption or '(empty caption)'}"
+            yield images.fromarray(_bytes(pixels, mask).numpy()), Path(path), caption
 
 
 def _bytes(pixels: Tensor, mask: Tensor | None) -> Tensor:

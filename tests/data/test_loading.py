@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from library.data.batches import BatchPlan
-from library.data.loader import Batch, Loader, LoaderSettings
+from library.data.loader import Batch, BatchReader, Loader, LoaderSettings
 from tests.data.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
 
 SETTINGS = LoaderSettings(seed=3, steps_per_epoch=4, accumulation=1, max_train_steps=40)
+TWO_BUCKETS = {"resolution": "96", "min_bucket_reso": 32}  # for folder_of_images
 CHANCE = {
     "flip_aug": True,
     "color_aug": True,
@@ -40,7 +42,8 @@ def equal(a: Batch, b: Batch) -> bool:
 
 
 def test_every_image_comes_as_often_as_its_repeats_and_no_batch_mixes_buckets(folder: Path):
-    datasets = datasets_of(folder, train_batch_size=3)
+    datasets = datasets_of(folder, train_batch_size=3, **TWO_BUCKETS)
+    assert len(datasets[0].buckets) == 2
     plan = BatchPlan(datasets, seed=1)
     seen = Counter(record for spec in plan.epoch(0) for record, _ in spec.items)
     assert seen == dict.fromkeys(range(7), 2)
@@ -59,7 +62,7 @@ def test_epochs_differ_and_each_is_the_same_every_time(folder: Path):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_the_processes_shares_are_disjoint_complete_and_equally_long(folder: Path, processes: int):
-    plan = BatchPlan(datasets_of(folder, train_batch_size=2), seed=1, world_size=processes)
+    plan = BatchPlan(datasets_of(folder, train_batch_size=2, **TWO_BUCKETS), seed=1, world_size=processes)
     shares = [plan.share(0, rank) for rank in range(processes)]
     assert {len(share) for share in shares} == {plan.batches_per_epoch}
     items = [item for share in shares for spec in share if not spec.filler for item in spec.items]
@@ -79,14 +82,14 @@ def test_a_filler_weighs_nothing(folder: Path):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_batches(folder: Path, workers: int):
-    plan = BatchPlan(datasets_of(folder, train_batch_size=2, **CHANCE), seed=1)
+    plan = BatchPlan(datasets_of(folder, train_batch_size=2, **TWO_BUCKETS, **CHANCE), seed=1)
     alone = list(Loader(plan, SETTINGS).batches(1))
     many = list(Loader(plan, replace(SETTINGS, workers=workers, persistent=True)).batches(1))
     assert len(alone) == len(many) and all(equal(a, b) for a, b in zip(alone, many))
 
 
 def test_it_goes_on_at_any_batch(folder: Path):
-    plan = BatchPlan(datasets_of(folder, train_batch_size=2, **CHANCE), seed=1)
+    plan = BatchPlan(datasets_of(folder, train_batch_size=2, **TWO_BUCKETS, **CHANCE), seed=1)
     whole = list(Loader(plan, SETTINGS).batches(2))
     for start in range(len(whole)):
         rest = list(Loader(plan, SETTINGS).batches(2, start))
@@ -119,6 +122,29 @@ def test_caches_are_read_with_their_flips_masks_and_dropped_captions(folder: Pat
                 flipped += is_flipped
                 dropped += batch.captions[index] == ""
     assert 10 < flipped < 46 and 10 < dropped < 46
+
+
+@pytest.mark.parametrize(
+    ("latents_on_disk", "texts_on_disk", "workers"),
+    [(None, None, 2), (True, None, 2), (False, None, 0), (False, False, 0), (False, True, 2), (None, False, 2)],
+)
+def test_workers_are_started_only_where_something_is_to_be_read(folder: Path, latents_on_disk, texts_on_disk, workers):
+    datasets = datasets_of(folder)
+    latents = None if latents_on_disk is None else filled_latents(datasets, Encoders(), on_disk=latents_on_disk)
+    texts = None if texts_on_disk is None else filled_texts(datasets, Encoders(), on_disk=texts_on_disk)
+    loader = Loader(BatchPlan(datasets, seed=1), replace(SETTINGS, workers=2), latents, texts)
+    assert loader.loader.num_workers == workers
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_reader_with_caches_can_be_sent_to_a_spawned_worker(folder: Path, on_disk: bool):
+    """As Windows and macOS do."""
+    datasets = datasets_of(folder, flip_aug=True)
+    caches = [fill(datasets, Encoders(), on_disk=on_disk) for fill in (filled_latents, filled_texts)]
+    reader = BatchReader(datasets, SETTINGS, *caches)
+    copy = pickle.loads(pickle.dumps(reader))
+    place = (0, 0, BatchPlan(datasets, seed=1).epoch(0)[0])
+    assert equal(reader[place], copy[place])
 
 
 def test_settings_of_a_dataset_reach_the_batch(tmp_path: Path):

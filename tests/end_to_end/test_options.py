@@ -231,8 +231,9 @@ def test_a_dry_run_and_a_look_at_the_dataset_train_nothing(workshop: Workshop, t
     if word == "--dry_run":
         assert files == []
     else:
-        assert files == ["lora-training-00.png", "lora-validation-00.png"]
-        sheet = Image.open(tmp_path / "dataset" / "lora-training-00.png")
+        kinds = ("training", "validation")
+        assert files == [f"lora-{kind}-{end}" for kind in kinds for end in ("1-64x64.png", "captions.txt")]
+        sheet = Image.open(tmp_path / "dataset" / "lora-training-1-64x64.png")
         colours = {sheet.getpixel((x, 100)) for x in range(20, 1000, 20)}
         assert len(colours) >= 3  # pictures and the paper between them
 
