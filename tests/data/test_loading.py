@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from library.data.batches import BatchPlan
 from library.data.loader import Batch, BatchReader, Loader, LoaderSettings
+from library.data.records import ImageRecord, IndexedDataset
+from library.data.settings import DatasetSettings, SubsetSettings
 from tests.data.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
 
 SETTINGS = LoaderSettings(seed=3, steps_per_epoch=4, accumulation=1, max_train_steps=40)
@@ -71,6 +75,34 @@ def test_the_processes_shares_are_disjoint_complete_and_equally_long(folder: Pat
         sum(len(share[i].items) for share in shares if not share[i].filler) for i in range(plan.batches_per_epoch)
     ]
     assert rounds == plan.samples(0)
+
+
+@given(
+    buckets=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=4),
+    batch_size=st.integers(1, 4),
+    processes=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_plan_is_whole_unmixed_and_evenly_shared(buckets, batch_size: int, processes: int, seed: int):
+    """buckets: the repeats of each image in each bucket, as one dataset and once more as another."""
+    repeats = [count for bucket in buckets for count in bucket]
+    sizes = [(64, 64 + 16 * number) for number, bucket in enumerate(buckets) for _ in bucket]
+    records = [
+        ImageRecord(f"/{n}", size, 1, 1, "", 0, size, size, None, count, False, 1.0)
+        for n, (size, count) in enumerate(zip(sizes, repeats))
+    ]
+    by_size = {size: [n for n, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)}
+    dataset = IndexedDataset(DatasetSettings("d", (SubsetSettings("s"),), (64, 64), batch_size), records, by_size)
+    plan = BatchPlan([dataset, dataset], seed, processes)
+    shares = [plan.share(2, rank) for rank in range(processes)]
+    assert {len(share) for share in shares} == {plan.batches_per_epoch}
+    whole = [spec for share in shares for spec in share if not spec.filler]
+    assert sum(len(share) for share in shares) - len(whole) < processes
+    items = Counter((spec.dataset, record) for spec in whole for record, _ in spec.items)
+    assert items == {(d, n): count for d in range(2) for n, count in enumerate(repeats)}
+    assert all({sizes[n] for n, _ in spec.items} == {spec.bucket} and len(spec.items) <= batch_size for spec in whole)
+    assert sum(plan.samples(2)) == plan.images_per_epoch == 2 * sum(repeats)
 
 
 def test_a_filler_weighs_nothing(folder: Path):
