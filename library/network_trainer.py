@@ -69,7 +69,6 @@ class NetworkTrainer(ModelFamily):
         if self.args.dry_run or self.args.debug_dataset:
             self.show_plan()
             return None
-        self.hub = self.start_uploads()
         with self.doing("captions were encoded"):
             self.cache_texts()
         with self.doing("images were encoded"):
@@ -87,6 +86,11 @@ class NetworkTrainer(ModelFamily):
         self.start_processes()
         if self.args.resume_from_huggingface and not self.problems:
             self.args.resume = str(self.fetch_state())
+        self.hub: HubUploader | None = None
+        try:
+            self.hub = self.start_uploads()
+        except UserError as error:
+            self.problems += error.problems
         self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
 
     # --- the steps -------------------------------------------------------------------------------------------------
@@ -127,7 +131,8 @@ class NetworkTrainer(ModelFamily):
     def start_uploads(self) -> HubUploader | None:
         """Reach the Hub repository now, if files are to be uploaded to one."""
         args = self.args
-        if not args.huggingface_repo_id or not self.accelerator.is_main_process:
+        only_shown = args.dry_run or args.debug_dataset
+        if not args.huggingface_repo_id or only_shown or not self.accelerator.is_main_process:
             return None
         return HubUploader(
             HubSettings(

@@ -211,3 +211,12 @@ def test_every_saved_file_is_uploaded_and_the_token_stays_out_of_files(workshop:
     place = ("--resume", "me/lora/runs/lora-step00000002-state", "--resume_from_huggingface")
     assert main([*resumed, *place]) == 0
     assert same(weights(tmp_path / "out"), weights(tmp_path / "resumed"))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_all_other_problems(workshop: Workshop, tmp_path: Path, hub, capsys):
+    hub.shutdown()
+    hub.server_close()
+    words = workshop.arguments(tmp_path, UNET, "--optimizer_type", "AdamWW", "--huggingface_repo_id", "me/lora")
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "me/lora: the repository cannot be reached" in told and "AdamWW" in told
