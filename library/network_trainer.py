@@ -203,6 +203,7 @@ class NetworkTrainer(ModelFamily):
                 on_disk=args.cache_latents_to_disk,
                 cache_dir=path_or_none(args.cache_dir),
                 trust=args.skip_cache_check,
+                skip_bad_images=args.skip_bad_images,
             )
             self.latents = self._fill_latents(LatentCache(plan.index.training, settings))
             self.validation_latents = self._fill_latents(LatentCache(plan.index.validation, settings))
@@ -271,6 +272,7 @@ class NetworkTrainer(ModelFamily):
             workers=min(args.max_data_loader_n_workers, (os.cpu_count() or 1) - 1),
             pin_memory=self.device.type == "cuda",
             persistent=args.persistent_data_loader_workers,
+            skip_bad_images=args.skip_bad_images,
         )
 
     def make_loaders(self) -> None:

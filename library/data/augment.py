@@ -1,11 +1,14 @@
-"""Random changes of colour, weak enough to leave the caption true."""
+"""Random changes of colour, weak enough to leave the caption true, and which random changes a cache would freeze."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from library.data.records import IndexedDataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,3 +39,19 @@ def apply_gamma(image: Image, gamma: float) -> Image:
     """Each channel c in 0..1 becomes c ^ (1 / gamma)."""
     table = [round(255 * (value / 255) ** (1 / gamma)) for value in range(256)]
     return image.point(table * 3)
+
+
+def frozen_chance(datasets: Sequence[IndexedDataset]) -> list[str]:
+    """A problem for each subset whose images are meant to differ from fetch to fetch, which one latent an image would lose."""
+    problems = []
+    for subset in {subset.name: subset for dataset in datasets for subset in dataset.settings.subsets}.values():
+        face = subset.face_crop_aug_range
+        chance = {
+            "color_aug": subset.color_aug,
+            "random_crop": subset.random_crop,
+            "face_crop_aug_range": face is not None and face[0] != face[1],
+        }
+        lost = ", ".join(name for name, is_on in chance.items() if is_on)
+        if lost:
+            problems.append(f"{subset.name}: {lost} would be lost by --cache_latents; turn one of the two off.")
+    return problems

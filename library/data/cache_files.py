@@ -10,10 +10,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,30 +23,73 @@ from library.files import save_safetensors
 from library.options.errors import UserError
 
 FORMAT = 1
+LONGEST_NAME = 240  # bytes: file systems allow 255, and a file being written has 14 more
+HEADERS_AT_ONCE = 1024  # read by one thread in one go: a task costs more than a header
+T = TypeVar("T")
 
 
 def cache_path(image: str, kind: str, cache_dir: Path | None) -> Path:
     """Where the cache of an image lies. kind tells caches of one image apart: "1024x768.latents", "text"."""
     path = Path(image)
-    name = f"{path.name}.{kind}.safetensors"
+    end = f".{kind}.safetensors"
     if cache_dir is None:
-        return path.with_name(name)
+        return path.with_name(_fitting(path.name, end))
     folder = hashlib.blake2b(os.fsencode(path.parent), digest_size=6).hexdigest()
-    return cache_dir / f"{folder}.{name}"
+    return cache_dir / _fitting(f"{folder}.{path.name}", end)
+
+
+def _fitting(name: str, end: str) -> str:
+    """The two joined; a name that would be too long for a file is cut and ends in its hash."""
+    room, encoded = LONGEST_NAME - len(end), os.fsencode(name)
+    if len(encoded) <= room:
+        return name + end
+    mark = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    return encoded[: room - len(mark) - 1].decode("utf-8", "ignore") + "~" + mark + end
+
+
+def missing_files(
+    items: Sequence[T], path_of: Callable[[T], Path], is_fresh: Callable[[T], bool] | None, threads: int = 4
+) -> list[T]:
+    """The items whose cache file is not there, or is stale; without `is_fresh` every file that is there is trusted.
+
+    Each folder is listed once, so that files that are not there cost nothing more.
+    """
+    paths = [path_of(item) for item in items]
+    names = {folder: _names(folder) for folder in {path.parent for path in paths}}
+    there = [path.name in names[path.parent] for path in paths]
+    if is_fresh is None:
+        return [item for item, exists in zip(items, there) if not exists]
+    chunks = [range(start, min(start + HEADERS_AT_ONCE, len(items))) for start in range(0, len(items), HEADERS_AT_ONCE)]
+
+    def look(chunk: Iterable[int]) -> list[T]:
+        return [items[place] for place in chunk if not (there[place] and is_fresh(items[place]))]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [item for found in pool.map(look, chunks) for item in found]
+
+
+def _names(folder: Path) -> set[str]:
+    """The names in a folder; none where there is no such folder or it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except OSError:
+        return set()
 
 
 def write_cache(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, Any]) -> None:
     """Write atomically. UserError where the folder cannot be written or the disk is full; what was written before stays whole."""
+    from safetensors import SafetensorError
+
     try:
         save_safetensors(path, tensors, {"made_from": canonical(made_from)})
     except OSError as error:
         raise UserError(_write_problem(path, error)) from error
-    except Exception as error:  # safetensors wraps the operating system's errors in its own
-        if "os error" in str(error) or "I/O" in str(error):
-            raise UserError(
-                f"{path}: this cache file cannot be written ({error}). Give --cache_dir a folder with room."
-            ) from error
-        raise
+    except SafetensorError as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise UserError(_write_problem(path, cause)) from error
 
 
 def read_made_from(path: Path) -> dict[str, Any] | None:
@@ -53,9 +98,10 @@ def read_made_from(path: Path) -> dict[str, Any] | None:
 
     try:
         with safe_open(str(path), "pt") as file:
-            return json.loads((file.metadata() or {})["made_from"])
+            found = json.loads((file.metadata() or {})["made_from"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def read_cache(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
@@ -113,7 +159,19 @@ def content_hash(path: str) -> str:
     return digest.hexdigest()
 
 
+def _system_error(error: Exception) -> OSError | None:
+    """The operating system's error inside one of safetensors' ("... (os error 28)"); None where there is none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return None
+    number = int(found.group(1))
+    return OSError(number, os.strerror(number)) if os.name == "posix" else OSError(0, str(error), None, number)
+
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # the disk, or the user's share of it
+
+
 def _write_problem(path: Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL:
         return f"{path}: the disk is full. The caches written so far are whole; make room, or give --cache_dir another disk, and start again."
     return f"{path}: cache files cannot be written there ({error.strerror or error}). Give --cache_dir a folder that can be written."

@@ -31,4 +31,4 @@ def bucket_examples(plan: BatchPlan, settings: LoaderSettings, images: int) -> I
                 places.setdefault(key, []).append((0, number, spec))
                 counts[key] = counts.get(key, 0) + len(spec.items)
     for (dataset, bucket), chosen in sorted(places.items()):
-        yield BucketExamples(dataset, bucket, [reader[place] for place in chosen])
+        yield BucketExamples(dataset, bucket, [reader.read(place) for place in chosen])

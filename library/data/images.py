@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from library.data.augment import change_colors
 from library.data.buckets import cover
+from library.data.masks import mask_of
 from library.data.records import ImageRecord
 from library.data.settings import Size, SubsetSettings
 from library.options.errors import UserError
@@ -38,7 +42,13 @@ def read_pixels(record: ImageRecord, subset: SubsetSettings, rng: random.Random)
     Flipping is left to the caller, because cached latents are flipped too. UserError names an image that cannot be read.
     """
     image = open_image(record.path)
-    mask = mask_of(image, record, subset)
+    if image.size != record.size:
+        raise UserError(
+            f"{record.path}: it is {image.width}x{image.height}, but was {record.size[0]}x{record.size[1]} when the run "
+            "began. Leave images alone while they are trained on, and start again."
+        )
+    mask_file = None if record.mask_path is None else open_image(record.mask_path)
+    mask = mask_of(image, mask_file, subset.alpha_mask)
     image = image.convert("RGB")
     face = FACE_IN_NAME.search(Path(record.path).stem)
     if subset.face_crop_aug_range is not None and face is not None:
@@ -75,23 +85,8 @@ def open_image(path: str) -> Image:
             return (
                 image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA" if "A" in image.mode else "RGB")
             )
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file may raise anything in a decoder
         raise UserError(f"{path}: this image cannot be decoded ({error}). Mend or remove it.") from error
-
-
-def mask_of(image: Image, record: ImageRecord, subset: SubsetSettings) -> Image | None:
-    """The image's loss mask in mode L, of the image's size: the red channel of its mask file, or its alpha channel.
-
-    An image without an alpha channel counts fully.
-    """
-    from PIL import Image
-
-    if record.mask_path is not None:
-        mask = open_image(record.mask_path).convert("RGB").getchannel(0)
-        return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BOX)
-    if not subset.alpha_mask:
-        return None
-    return image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
 
 
 def resampling(size: Size, target: Size, name: str | None) -> Resampling:
@@ -156,3 +151,9 @@ def _from_wide(image: Image) -> Image:
     values = np.asarray(image).astype(np.float32)
     largest = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=0.0)))
     return Image.fromarray((np.clip(values / largest, 0, 1) * 255 + 0.5).astype(np.uint8)).convert("RGB")
+
+
+def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
+    """[H, W, 3] uint8 each -> [B, 3, H, W] float32 in -1..1."""
+    stacked = torch.from_numpy(np.stack(images))
+    return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()

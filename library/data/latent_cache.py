@@ -9,29 +9,31 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from library.data.augment import frozen_chance
 from library.data.buckets import cover
 from library.data.cache_files import (
     FORMAT,
     cache_path,
     check_writable,
     content_hash,
+    missing_files,
     read_cache,
     read_made_from,
     room_problems,
     write_cache,
 )
-from library.data.images import Pixels, read_pixels
+from library.data.images import Pixels, read_pixels, to_tensor
+from library.data.masks import LATENT_CELL, shrink_mask
 from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import SubsetSettings
 from library.options.errors import UserError
@@ -42,8 +44,8 @@ EncodeImages = Callable[[Tensor, Tensor], Tensor]
 """images [B, 3, H, W] float32 in -1..1, noise [B, 16, H / 8, W / 8] -> raw latents: the posterior's mean plus noise times its deviation."""
 Wrap = Callable[[Sequence[Any], str], Any]
 """(batches, title) -> the batches behind a progress bar."""
-LATENT_CELL = 8
 LATENT_CHANNELS = 16
+WRITERS = 4  # threads
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class LatentCacheSettings:
     on_disk: bool = False
     cache_dir: Path | None = None
     trust: bool = False  # take files that exist without opening them
+    skip_bad_images: bool = False  # go on without the images that cannot be decoded
 
 
 Key = tuple[int, int]
@@ -92,6 +95,12 @@ class LatentCache:
                 if subset.flip_aug:
                     self.entries[known] = replace(self.entries[known], flipped=True)
         self.memory: dict[Key, dict[str, Tensor]] = {}
+        self.damaged: set[Key] = set()  # without latents: they cannot be decoded, and that is to be passed over
+        self.frozen = frozen_chance(datasets)
+
+    def is_damaged(self, dataset: int, number: int) -> bool:
+        """Whether `get` has nothing for an image, since it cannot be decoded and skip_bad_images is on."""
+        return self.same.get((dataset, number), (dataset, number)) in self.damaged
 
     def get(self, dataset: int, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
         """latents [16, h, w] float32 and the mask [1, h, w] (None without one)."""
@@ -108,18 +117,15 @@ class LatentCache:
 
     def missing(self) -> list[Entry]:
         """The images whose latents are not there, or are stale."""
+        entries = [entry for entry in self.entries.values() if entry.key not in self.damaged]
         if not self.settings.on_disk:
-            return [entry for entry in self.entries.values() if entry.key not in self.memory]
-        if self.settings.trust:
-            return [entry for entry in self.entries.values() if not self._path(entry).exists()]
-        with ThreadPoolExecutor(8) as pool:
-            fresh = pool.map(self._is_fresh, self.entries.values())
-            return [entry for entry, is_fresh in zip(self.entries.values(), fresh) if not is_fresh]
+            return [entry for entry in entries if entry.key not in self.memory]
+        return missing_files(entries, self._path, None if self.settings.trust else self._is_fresh)
 
     def check(self, missing: Sequence[Entry]) -> list[str]:
-        """Problems that would stop `fill`: folders that cannot be written, disks with too little room."""
-        if not self.settings.on_disk:
-            return []
+        """Problems that would stop `fill`: chance that would be lost, folders that cannot be written, too little room."""
+        if self.frozen or not self.settings.on_disk:
+            return self.frozen
         needed: dict[Path, int] = {}
         for entry in missing:
             cells = entry.record.bucket[0] * entry.record.bucket[1] // LATENT_CELL**2
@@ -135,45 +141,63 @@ class LatentCache:
     def fill(
         self, missing: Sequence[Entry], encode: EncodeImages, batch_size: int, wrap: Wrap, workers: int = 4
     ) -> None:
-        """Encode the missing images, batches of one size at a time; images are decoded ahead in threads.
+        """Encode the missing images, batches of one size at a time; threads decode ahead and write behind.
 
-        UserError lists every image that cannot be read, when all the others are done.
+        UserError lists every image that cannot be decoded, when all the others are done; with skip_bad_images they are
+        left out with a warning, unless no image is left.
         """
         batches = list(_batched(missing, batch_size))
-        problems: list[str] = []
-        with ThreadPoolExecutor(max(1, workers)) as pool:
+        damaged: dict[Key, UserError] = {}
+        writing: list[Future[None]] = []
+        with ThreadPoolExecutor(max(1, workers)) as pool, ThreadPoolExecutor(WRITERS) as writers:
             ahead = _ahead(pool, batches, depth=max(2, workers // max(1, batch_size)) + 1)
             for batch in wrap(batches, "Caching latents"):
                 done = list(zip(batch, next(ahead)))
-                problems += [text for _, found in done if isinstance(found, UserError) for text in found.problems]
+                damaged.update({entry.key: found for entry, found in done if isinstance(found, UserError)})
                 readable = [(entry, found) for entry, found in done if isinstance(found, Pixels)]
-                if readable:
-                    self._encode([entry for entry, _ in readable], [pixels for _, pixels in readable], encode)
-        if problems:
-            raise UserError(problems)
+                made = self._encode(readable, encode) if readable else []
+                _wait(writing)  # for the batch before: no more than one waits in memory
+                writing = [writers.submit(self._keep, entry, tensors) for entry, tensors in made]
+            _wait(writing)
+        if damaged:
+            self._pass_over(damaged)
 
-    def _encode(self, batch: Sequence[Entry], pixels: Sequence[Pixels], encode: EncodeImages) -> None:
-        images = to_tensor([p.image for p in pixels])
-        latents = encode(images, torch.stack([posterior_noise(entry.record) for entry in batch])).float().cpu()
-        flips = [index for index, entry in enumerate(batch) if entry.flipped]
+    def _pass_over(self, damaged: Mapping[Key, UserError]) -> None:
+        problems = [problem for error in damaged.values() for problem in error.problems]
+        if not self.settings.skip_bad_images or len(damaged) + len(self.damaged) == len(self.entries):
+            raise UserError(problems)
+        logger.warning("%d images are left out:\n  %s", len(damaged), "\n  ".join(problems))
+        self.damaged.update(damaged)
+
+    def _encode(
+        self, batch: Sequence[tuple[Entry, Pixels]], encode: EncodeImages
+    ) -> list[tuple[Entry, dict[str, Tensor]]]:
+        """What is to be kept of each image."""
+        entries = [entry for entry, _ in batch]
+        images = to_tensor([pixels.image for _, pixels in batch])
+        latents = encode(images, torch.stack([posterior_noise(entry.record) for entry in entries])).float().cpu()
+        flips = [index for index, entry in enumerate(entries) if entry.flipped]
         flipped: dict[int, Tensor] = {}
         if flips:
-            noise = torch.stack([posterior_noise(batch[index].record, "flipped") for index in flips])
+            noise = torch.stack([posterior_noise(entries[index].record, "flipped") for index in flips])
             flipped = dict(zip(flips, encode(images[flips].flip(-1), noise).float().cpu()))
-        for index, (entry, pixel) in enumerate(zip(batch, pixels)):
+        result = []
+        for index, (entry, pixels) in enumerate(batch):
             tensors = {"latents": latents[index].clone()}
             if index in flipped:
                 tensors["latents_flipped"] = flipped[index].clone()
-            if pixel.mask is not None:
-                tensors["mask"] = shrink_mask(pixel.mask)
-            if not all(torch.isfinite(t).all() for t in tensors.values()):
-                raise UserError(
-                    f"{entry.record.path}: its latents are not finite. Use --no_half_vae, or remove the image."
-                )
-            if self.settings.on_disk:
-                write_cache(self._path(entry), tensors, self._made_from(entry, *_contents(entry.record)))
-            else:
-                self.memory[entry.key] = tensors
+            if pixels.mask is not None:
+                tensors["mask"] = shrink_mask(pixels.mask)
+            result.append((entry, tensors))
+        return result
+
+    def _keep(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise UserError(f"{entry.record.path}: its latents are not finite. Use --no_half_vae, or remove the image.")
+        if self.settings.on_disk:
+            write_cache(self._path(entry), tensors, self._made_from(entry, *_contents(entry.record)))
+        else:
+            self.memory[entry.key] = tensors
 
     def _path(self, entry: Entry) -> Path:
         return cache_path(entry.record.path, entry.kind, self.settings.cache_dir)
@@ -208,7 +232,11 @@ class LatentCache:
             wanted["flipped"] = found.get("flipped")  # a mirrored copy more does no harm
         if found == wanted:
             return True
-        return {**found, **NO_TIMES} == {**wanted, **NO_TIMES} and contents == _contents(entry.record)
+        if {**found, **NO_TIMES} != {**wanted, **NO_TIMES} or contents != _contents(entry.record):
+            return False
+        with suppress(UserError):  # with the new times the next run need not read the image again
+            write_cache(self._path(entry), read_cache(self._path(entry)), wanted)
+        return True
 
 
 NO_TIMES = {"mtime_ns": None, "mask_mtime_ns": None}
@@ -221,18 +249,6 @@ def posterior_noise(record: ImageRecord, kind: str = "") -> Tensor:
     width, height = record.bucket
     shape = (LATENT_CHANNELS, height // LATENT_CELL, width // LATENT_CELL)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
-    """[H, W, 3] uint8 each -> [B, 3, H, W] float32 in -1..1."""
-    stacked = torch.from_numpy(np.stack(images))
-    return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-def shrink_mask(mask: np.ndarray) -> Tensor:
-    """[H, W] uint8 -> [1, H/8, W/8] float32 in 0..1, each cell the mean of its area."""
-    wide = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
-    return F.interpolate(wide, (mask.shape[0] // LATENT_CELL, mask.shape[1] // LATENT_CELL), mode="area")[0]
 
 
 def _kind(record: ImageRecord, subset: SubsetSettings) -> str:
@@ -268,6 +284,11 @@ def _batched(missing: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]
     for entries in by_size.values():
         for start in range(0, len(entries), batch_size):
             yield entries[start : start + batch_size]
+
+
+def _wait(writing: Sequence[Future[None]]) -> None:
+    for future in writing:
+        future.result()  # raises what went wrong
 
 
 def _ahead(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.data.batches import BatchPlan, BatchSpec
 from library.data.captions import CaptionPipeline
-from library.data.images import read_pixels
-from library.data.latent_cache import LatentCache, shrink_mask, to_tensor
-from library.data.records import IndexedDataset
+from library.data.images import read_pixels, to_tensor
+from library.data.latent_cache import LATENT_CHANNELS, LatentCache
+from library.data.masks import LATENT_CELL, shrink_mask
+from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import Size
 from library.data.text_cache import TextCache
+from library.options.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,7 +35,7 @@ class Batch:
     captions: list[str]
     text: dict[str, Tensor] | None  # each [B, ...]
     mask: Tensor | None  # [B, 1, h, w] float32 in 0..1
-    loss_weights: Tensor  # [B]; 0 in a filler
+    loss_weights: Tensor  # [B]; 0 in a filler, and for an image that is left out
     preserve: Tensor | None  # [B] bool: differential output preservation
     network_multiplier: float
     paths: list[str]
@@ -60,13 +66,14 @@ class LoaderSettings:
     workers: int = 0
     pin_memory: bool = False
     persistent: bool = False
+    skip_bad_images: bool = False  # give an image that cannot be decoded no weight, instead of stopping
 
 
 Place = tuple[int, int, BatchSpec]
 """epoch, number of the batch in this process's share, what it is made of"""
 
 
-class BatchReader(Dataset[Batch]):
+class BatchReader(Dataset["Batch | UserError"]):
     """Makes a batch from its place. Picklable, so that workers can be spawned (Windows, macOS)."""
 
     def __init__(
@@ -83,12 +90,23 @@ class BatchReader(Dataset[Batch]):
             for dataset in datasets
         ]
 
-    def __getitem__(self, place: Place) -> Batch:
+    def __getitem__(self, place: Place) -> Batch | UserError:
+        """What a worker sends: a user's mistake as it is, since torch would wrap a raised one in the worker's traceback."""
+        try:
+            return self.read(place)
+        except UserError as error:
+            return error
+
+    def read(self, place: Place) -> Batch:
+        """The batch of a place. UserError names an image that cannot be decoded."""
         epoch, number, spec = place
         step = epoch * self.settings.steps_per_epoch + number // self.settings.accumulation
         items = [self._item(spec.dataset, record, repeat, epoch, step) for record, repeat in spec.items]
         dataset = self.datasets[spec.dataset]
-        weights = torch.tensor([0.0 if spec.filler else dataset.records[n].loss_weight for n, _ in spec.items])
+        weights = [
+            0.0 if spec.filler or item.left_out else dataset.records[n].loss_weight
+            for item, (n, _) in zip(items, spec.items)
+        ]
         preserve = torch.tensor([_preserves(dataset, n) for n, _ in spec.items])
         masks = [item.mask for item in items]
         images = [item.image for item in items if item.image is not None]
@@ -98,7 +116,7 @@ class BatchReader(Dataset[Batch]):
             captions=[item.caption for item in items],
             text=_stack([item.text for item in items]),
             mask=_stack_masks(masks),
-            loss_weights=weights,
+            loss_weights=torch.tensor(weights),
             preserve=preserve if bool(preserve.any()) else None,
             network_multiplier=dataset.settings.network_multiplier,
             paths=[dataset.records[n].path for n, _ in spec.items],
@@ -118,9 +136,17 @@ class BatchReader(Dataset[Batch]):
         else:
             caption, text = pipeline.at(record.caption, rng, step, epoch + 1), None
         if self.latents is not None:
+            if self.latents.is_damaged(dataset, number):
+                return _Item(None, _no_latents(record), None, caption, text, left_out=True)
             latents, mask = self.latents.get(dataset, number, flipped)
             return _Item(None, latents, mask, caption, text)
-        pixels = read_pixels(record, subset, rng)
+        try:
+            pixels = read_pixels(record, subset, rng)
+        except UserError as error:
+            if not self.settings.skip_bad_images:
+                raise
+            logger.warning("%s It is left out.", error)
+            return _Item(_no_pixels(record), None, None, caption, text, left_out=True)
         image = pixels.image[:, ::-1] if flipped else pixels.image
         mask = None if pixels.mask is None else shrink_mask(pixels.mask[:, ::-1] if flipped else pixels.mask)
         return _Item(image, None, mask, caption, text)
@@ -133,6 +159,15 @@ class _Item:
     mask: Tensor | None  # [1, h, w]
     caption: str
     text: dict[str, Tensor] | None
+    left_out: bool = False  # nothing stands for a damaged image, and weighs nothing
+
+
+def _no_pixels(record: ImageRecord) -> np.ndarray:
+    return np.zeros((record.bucket[1], record.bucket[0], 3), dtype=np.uint8)
+
+
+def _no_latents(record: ImageRecord) -> Tensor:
+    return torch.zeros(LATENT_CHANNELS, record.bucket[1] // LATENT_CELL, record.bucket[0] // LATENT_CELL)
 
 
 class PlaceSampler(Sampler[Place]):
@@ -166,7 +201,7 @@ class Loader:
         reads_texts = texts is not None and texts.settings.on_disk
         workers = settings.workers if reads_latents or reads_texts else 0
         self.sampler = PlaceSampler(plan, settings.rank)
-        self.loader: DataLoader[Batch] = DataLoader(
+        self.loader: DataLoader[Batch | UserError] = DataLoader(
             BatchReader(plan.datasets, settings, latents, texts),
             batch_size=None,
             sampler=self.sampler,
@@ -179,7 +214,14 @@ class Loader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on."""
         self.sampler.epoch, self.sampler.start = epoch, start
-        return iter(self.loader)
+        return _raising(iter(self.loader))
+
+
+def _raising(found: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    for batch in found:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _preserves(dataset: IndexedDataset, number: int) -> bool:

@@ -18,6 +18,7 @@ from library.data.cache_files import (
     FORMAT,
     cache_path,
     check_writable,
+    missing_files,
     read_cache,
     read_made_from,
     room_problems,
@@ -29,6 +30,7 @@ from library.options.errors import UserError
 
 EncodeCaptions = Callable[[Sequence[str]], list[dict[str, Tensor]]]
 """Captions -> one dict of tensors each, on the CPU."""
+WRITERS = 4  # threads
 SEPARATOR = "|"  # between a tensor's name and the number of its variant
 
 
@@ -83,10 +85,7 @@ class TextCache:
         """The images whose outputs are not there, or are stale. Nothing is missing: no reason to load an encoder."""
         if not self.settings.on_disk:
             return [path for path, texts in self.stored.items() if any(text not in self.memory for text in texts)]
-        if self.settings.trust:
-            return [path for path in self.stored if not self._path(path).exists()]
-        with ThreadPoolExecutor(8) as pool:
-            return [path for path, is_fresh in zip(self.stored, pool.map(self._is_fresh, self.stored)) if not is_fresh]
+        return missing_files(list(self.stored), self._path, None if self.settings.trust else self._is_fresh)
 
     def share(self, missing: Sequence[str], rank: int, processes: int) -> list[str]:
         """What one process makes of files that all have found missing; all of a cache in memory, which is its own.
@@ -136,8 +135,8 @@ class TextCache:
         for group in self._grouped(missing, chunk):
             distinct = list(dict.fromkeys(text for image in group for text in self.stored[image]))
             outputs = dict(zip(distinct, encode(distinct)))
-            for image in group:
-                self._write(image, outputs)
+            with ThreadPoolExecutor(WRITERS) as pool:  # waiting for the disk takes longer than writing
+                list(pool.map(self._write, group, [outputs] * len(group)))
 
     def _grouped(self, missing: Sequence[str], chunk: int) -> list[list[str]]:
         """Images in groups of about `chunk` texts; images that share their texts are in one group."""

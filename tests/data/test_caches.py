@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from library.data import latent_cache
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.data.index import build_index
-from library.data.latent_cache import LatentCache, LatentCacheSettings, posterior_noise, shrink_mask
+from library.data.latent_cache import LatentCache, LatentCacheSettings, posterior_noise
+from library.data.masks import shrink_mask
 from library.data.records import IndexedDataset
 from library.data.text_cache import TextCache, TextCacheSettings, refuse_lost_chance
 from library.options.errors import UserError
@@ -153,6 +155,32 @@ def test_a_copied_dataset_keeps_its_caches(tmp_path: Path):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     assert LatentCache(datasets_of(tmp_path / "b"), LatentCacheSettings("vae", on_disk=True)).missing() == []
+
+
+def test_a_copied_dataset_is_read_whole_once_not_at_every_run(tmp_path: Path, monkeypatch):
+    images = folder_of_images(tmp_path) / "2_thing"
+    cache = filled_latents(datasets_of(tmp_path), Encoders())
+    for path in images.glob("*.png"):
+        os.utime(path, ns=(1, 1))
+    settings = LatentCacheSettings("vae", on_disk=True)
+    assert LatentCache(datasets_of(tmp_path), settings).missing() == []
+
+    def refuse(path: str) -> str:
+        raise AssertionError(f"{path} is read again")
+
+    monkeypatch.setattr(latent_cache, "content_hash", refuse)
+    again = LatentCache(datasets_of(tmp_path), settings)
+    assert again.missing() == [] and torch.equal(again.get(0, 1, False)[0], cache.get(0, 1, False)[0])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_chance_of_a_subset_that_a_cache_would_freeze_is_told_before_anything_is_encoded(tmp_path: Path, on_disk: bool):
+    datasets = two_datasets(tmp_path, "color_aug = true\nrandom_crop = true", "face_crop_aug_range = [0.3, 0.6]")
+    cache = LatentCache(datasets, LatentCacheSettings("vae", on_disk=on_disk))
+    first, second = cache.check(cache.missing())
+    assert "color_aug, random_crop would be lost" in first and "face_crop_aug_range" in second
+    fixed = datasets_of(tmp_path, flip_aug=True, face_crop_aug_range="0.5,0.5")
+    assert LatentCache(fixed, LatentCacheSettings("vae", on_disk=on_disk)).check([]) == []
 
 
 def test_interrupted_caching_goes_on_where_it_was(tmp_path: Path):

@@ -176,7 +176,7 @@ def test_a_reader_with_caches_can_be_sent_to_a_spawned_worker(folder: Path, on_d
     reader = BatchReader(datasets, SETTINGS, *caches)
     copy = pickle.loads(pickle.dumps(reader))
     place = (0, 0, BatchPlan(datasets, seed=1).epoch(0)[0])
-    assert equal(reader[place], copy[place])
+    assert equal(reader.read(place), copy.read(place))
 
 
 def test_settings_of_a_dataset_reach_the_batch(tmp_path: Path):
