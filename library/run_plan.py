@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol, TypeVar
 
 from library.data.batches import BatchPlan
@@ -179,9 +180,8 @@ def output_problems(folder: Path) -> list[str]:
         return [f"--output_dir {folder}: {existing} is not writable. Choose a folder that is."]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with NamedTemporaryFile(dir=folder, prefix=".write-test-"):
+            pass
     except OSError as error:
         return [
             f"--output_dir {folder}: nothing can be written there ({error.strerror or error}). Choose another folder."

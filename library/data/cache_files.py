@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -125,11 +126,10 @@ def check_writable(folders: set[Path]) -> list[str]:
     """Problems with folders that are to hold caches, before anything is encoded."""
     problems = []
     for folder in sorted(folders):
-        probe = folder / f".cache-{os.getpid()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
+            with NamedTemporaryFile(dir=folder, prefix=".cache-"):  # a name that no other machine tries at the same time
+                pass
         except OSError as error:
             problems.append(_write_problem(folder, error))
     return problems
