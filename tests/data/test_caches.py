@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from library.data import latent_cache
+from library.data import cache_files, latent_cache
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.data.index import build_index
@@ -218,10 +218,10 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_encoded(tmp_
     datasets = datasets_of(folder_of_images(tmp_path))
     cache = LatentCache(datasets, LatentCacheSettings("vae", on_disk=True))
 
-    def refuse(self, data):
+    def refuse(**named):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(cache_files, "NamedTemporaryFile", refuse)
     problems = cache.check(cache.missing())
     assert len(problems) == 1 and "--cache_dir" in problems[0]
 
