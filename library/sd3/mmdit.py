@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.sd3.key_numbers import count_numbers
 from library.sd3.pos_embed import crop_pos_embed
 
 HEAD_SIZE = 64
+PATCH_SIZE = 2
 TIMESTEP_FREQUENCIES = 256
 
 
@@ -53,7 +55,7 @@ class MMDiTConfig:
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> MMDiTConfig:
         """Read the sizes from tensor shapes keyed by name (without `model.diffusion_model.`). KeyError where one is absent."""
         hidden_size, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
-        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("joint_blocks."))
+        depth = count_numbers(r"joint_blocks\.(\d+)\.", shapes)
         dual = [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes]
         return cls(
             depth=depth,
@@ -68,6 +70,23 @@ class MMDiTConfig:
             qk_norm="joint_blocks.0.x_block.attn.ln_k.weight" in shapes,
             dual_attention_blocks=tuple(dual),
         )
+
+    def problems(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Why no model can be made of these sizes, read from `shapes`: a sentence each, for the file's user."""
+        found = []
+        patches, outputs = shapes["pos_embed"][1], shapes["final_layer.linear.weight"][0]
+        if self.hidden_size % HEAD_SIZE:
+            found.append(f"the model is {self.hidden_size} wide, which is no multiple of {HEAD_SIZE}.")
+        if self.patch_size != PATCH_SIZE or outputs != PATCH_SIZE**2 * self.in_channels:
+            found.append(
+                f"x_embedder.proj and final_layer.linear are not those of patches of {PATCH_SIZE} x {PATCH_SIZE}."
+            )
+        if self.pos_embed_max_size**2 != patches:
+            found.append(f"the position table pos_embed has {patches} places, which make no square.")
+        absent = [i for i in range(self.depth) if f"joint_blocks.{i}.x_block.attn.qkv.weight" not in shapes]
+        if absent:
+            found.append(f"it has keys of {self.depth} joint_blocks, but number {absent[0]} is missing.")
+        return found
 
 
 class RMSNorm(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -51,22 +52,40 @@ def check_against(model: nn.Module, part: Part) -> list[str]:
 
 def mmdit_problems(part: Part) -> list[str]:
     """What keeps a part from being loaded as a denoiser, from its header."""
-    return check_against(_empty_mmdit(part), part)
+    return _problems(_empty_mmdit, part)
 
 
 def vae_problems(part: Part) -> list[str]:
     """What keeps a part from being loaded as a VAE, from its header."""
-    return check_against(_empty_vae(part), part)
+    return _problems(_empty_vae, part)
+
+
+def _problems(empty: Callable[[Part], nn.Module], part: Part) -> list[str]:
+    try:
+        return check_against(empty(part), part)
+    except UserError as error:
+        return error.problems
 
 
 def _empty_mmdit(part: Part) -> MMDiT:
+    """The model on the meta device. UserError where the shapes tell of sizes that no MMDiT has."""
+    config = MMDiTConfig.from_shapes(shapes_of(part))
+    _raise_if(config.problems(shapes_of(part)), part)
     with torch.device("meta"):
-        return MMDiT(MMDiTConfig.from_shapes(shapes_of(part)))
+        return MMDiT(config)
 
 
 def _empty_vae(part: Part) -> Vae:
+    """The model on the meta device. UserError where the shapes tell of sizes that no VAE has."""
+    config = VaeConfig.from_shapes(shapes_of(part))
+    _raise_if(config.problems(), part)
     with torch.device("meta"):
-        return Vae(VaeConfig.from_shapes(shapes_of(part)))
+        return Vae(config)
+
+
+def _raise_if(problems: list[str], part: Part) -> None:
+    if problems:
+        raise UserError([f"{part.path}: {problem}" for problem in problems])
 
 
 def _filled(model: Model, part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool) -> Model:

@@ -6,11 +6,12 @@ Kept apart from the models themselves so that a file can be checked by its heade
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from library.sd3.checkpoint_checks import core_problems, shapes_of, shard_hint
+from library.sd3.key_numbers import count_numbers
 from library.sd3.parts import Part
 
 CLIP_TOKENS = 77
@@ -53,7 +54,7 @@ class ClipSizes:
             positions=shapes["text_model.embeddings.position_embedding.weight"][0],
             width=width,
             mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-            layers=_count(r"text_model\.encoder\.layers\.(\d+)\.", shapes),
+            layers=count_numbers(r"text_model\.encoder\.layers\.(\d+)\.", shapes),
             projection=projection,
             has_projection="text_projection.weight" in shapes or "text_projection" in shapes,
         )
@@ -100,7 +101,7 @@ class T5Sizes:
             width=shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][1],
             mlp_width=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
             heads=heads,
-            layers=_count(r"encoder\.block\.(\d+)\.", shapes),
+            layers=count_numbers(r"encoder\.block\.(\d+)\.", shapes),
             buckets=buckets,
         )
 
@@ -170,8 +171,3 @@ def check_text_encoder(part: Part) -> list[str]:
 
 def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _count(pattern: str, keys: Iterable[str]) -> int:
-    """How many different numbers stand where `pattern` has its group, so that no key can claim a billion layers."""
-    return len({match[1] for key in keys if (match := re.match(pattern, key))})

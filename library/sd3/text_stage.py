@@ -67,7 +67,10 @@ class TextStage:
         changes = [
             f"{name}+{self.placement.change[name].fingerprint}" for name in names if name in self.placement.change
         ]
-        return ";".join([*parts, *facts, f"dtype={self.placement.dtype}", f"t5={self._t5_format()}", *changes])
+        words = [
+            f"{name}~{t.fingerprint}" for name in self._parts(names) if (t := self.tokenizers.of(name)) is not None
+        ]
+        return ";".join([*parts, *words, *facts, f"dtype={self.placement.dtype}", f"t5={self._t5_format()}", *changes])
 
     def encode_ahead(
         self, captions: Sequence[str], names: Sequence[str], batch_size: int, wrap: Wrap = lambda batches: batches

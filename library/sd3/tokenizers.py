@@ -11,11 +11,14 @@ CLIP-G has CLIP-L's vocabulary, so CLIP-L's folder serves for it too.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,15 @@ class Tokenizer:
     def vocabulary(self) -> int:
         return len(self.inner)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell one way from captions to ids from another, wherever and in which files it lies."""
+        rules = json.loads(self.inner.backend_tokenizer.to_str())
+        kept = {
+            key: rules.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model", "post_processor")
+        }
+        return hashlib.sha256(json.dumps([kept, self.pad_id], sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Tokenizers:
@@ -74,6 +86,10 @@ class Tokenizers:
     clip_l: Tokenizer | None
     clip_g: Tokenizer | None
     t5: Tokenizer | None
+
+    def of(self, encoder: str) -> Tokenizer | None:
+        """The tokenizer of "clip_l", "clip_g" or "t5xxl"."""
+        return {"clip_l": self.clip_l, "clip_g": self.clip_g, "t5xxl": self.t5}[encoder]
 
 
 def download(name: str) -> Path:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.sd3.key_numbers import count_numbers
+
 LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609
 
@@ -42,16 +44,30 @@ class VaeConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VaeConfig:
-        """Read the sizes from tensor shapes keyed by name (without `first_stage_model.`). KeyError where one is absent."""
+        """Read the sizes from tensor shapes keyed by name (without `first_stage_model.`). KeyError where one is absent; a level that is absent is 0 wide."""
         base = shapes["encoder.conv_in.weight"][0]
-        levels = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down."))
-        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
+        levels = count_numbers(r"encoder\.down\.(\d+)\.", shapes)
+        widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight", (0,))[0] for level in range(levels)]
         return cls(
             base_channels=base,
             multipliers=tuple(width // base for width in widths),
             res_blocks=sum(f"encoder.down.0.block.{i}.conv1.weight" in shapes for i in range(16)),
             latent_channels=shapes["decoder.conv_in.weight"][1],
         )
+
+    def problems(self) -> list[str]:
+        """Why no VAE can be made of these sizes: a sentence each, for the file's user."""
+        found = []
+        if 0 in self.multipliers:
+            level = self.multipliers.index(0)
+            found.append(
+                f"the VAE has keys of {len(self.multipliers)} levels, but encoder.down.{level} is missing or too narrow."
+            )
+        if self.base_channels % self.norm_groups:
+            found.append(f"the VAE's base width {self.base_channels} is no multiple of {self.norm_groups}.")
+        if not self.res_blocks:
+            found.append("the VAE's encoder.down.0 has no block.")
+        return found
 
 
 def group_norm(config: VaeConfig, channels: int) -> nn.GroupNorm:

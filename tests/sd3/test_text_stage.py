@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import torch
 from library.sd3.checkpoint import locate_parts
 from library.sd3.conditioning import TextSettings
 from library.sd3.text_stage import ENCODERS, EncoderPlacement, TextStage
-from library.sd3.tokenizers import load_tokenizers
-from tests.sd3.tiny import tiny_checkpoint, tiny_model_folder
+from library.sd3.tokenizers import Tokenizers, load_tokenizers
+from tests.sd3.tiny import TOKENIZER_FOLDERS, tiny_checkpoint, tiny_model_folder
 
 CPU = torch.device("cpu")
 PLACEMENT = EncoderPlacement(CPU, torch.float32, CPU, torch.float32)
@@ -51,6 +53,37 @@ def test_a_cache_of_other_or_fewer_encoders_is_stale(model: Path, tmp_path: Path
     other = tiny_checkpoint(tmp_path / "other.safetensors", seed=5)
     files = locate_parts(str(other))
     assert TextStage(files, first.tokenizers, SETTINGS, PLACEMENT).fingerprint(ENCODERS) != first.fingerprint(ENCODERS)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_cache_of_another_tokenizer_is_stale(model: Path, tmp_path: Path, encoder: str):
+    shutil.copytree(model.parent / "tokenizers", tmp_path / "tokenizers")
+    path = tmp_path / "tokenizers" / TOKENIZER_FOLDERS[encoder] / "tokenizer.json"
+    rules = json.loads(path.read_text(encoding="utf-8"))
+    if encoder == "t5xxl":
+        rules["model"]["vocab"][20][1] -= 0.5  # other scores cut words elsewhere
+    else:
+        rules["model"]["merges"].reverse()
+    path.write_text(json.dumps(rules), encoding="utf-8")
+    first, others = stage(model), load_tokenizers(tmp_path / "tokenizers", None)
+    second = TextStage(first.files, others, SETTINGS, PLACEMENT)
+    assert second.fingerprint(ENCODERS) != first.fingerprint(ENCODERS)
+    rest = [name for name in ENCODERS if name != encoder]
+    assert second.fingerprint(rest) == first.fingerprint(rest)
+
+
+def test_the_same_tokenizer_in_another_place_or_after_use_is_the_same(model: Path, tmp_path: Path):
+    first = stage(model)
+    before = first.fingerprint(ENCODERS)
+    for name in ENCODERS:
+        tokenizer = first.tokenizers.of(name)
+        assert tokenizer is not None
+        tokenizer(["a red cat"], 20)  # the library keeps the length of the last call
+        tokenizer.inner.save_pretrained(str(tmp_path / TOKENIZER_FOLDERS[name]))
+    moved = TextStage(first.files, load_tokenizers(tmp_path, None), SETTINGS, PLACEMENT)
+    used = Tokenizers(*(replace(tokenizer) for name in ENCODERS if (tokenizer := first.tokenizers.of(name))))
+    assert moved.fingerprint(ENCODERS) == before
+    assert TextStage(first.files, used, SETTINGS, PLACEMENT).fingerprint(ENCODERS) == before
 
 
 def test_ahead_and_live_say_the_same_and_nothing_stays_loaded(model: Path):
