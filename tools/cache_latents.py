@@ -16,7 +16,9 @@ from tools.caching import run_cache
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_cache(arguments, "--cache_latents_to_disk", lambda trainer: trainer.cache_latents())
+    return run_cache(
+        Path(__file__).name, __doc__, arguments, "--cache_latents_to_disk", lambda trainer: trainer.cache_latents()
+    )
 
 
 if __name__ == "__main__":

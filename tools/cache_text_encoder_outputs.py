@@ -17,7 +17,13 @@ from tools.caching import run_cache
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_cache(arguments, "--cache_text_encoder_outputs_to_disk", lambda trainer: trainer.cache_texts())
+    return run_cache(
+        Path(__file__).name,
+        __doc__,
+        arguments,
+        "--cache_text_encoder_outputs_to_disk",
+        lambda trainer: trainer.cache_texts(),
+    )
 
 
 if __name__ == "__main__":

@@ -8,17 +8,26 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from library.options.errors import UserError
+from library.options.parser import build_parser
 from library.options.resolve import resolve_options
 
 if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer
 
 
-def run_cache(arguments: list[str] | None, switch: str, fill: Callable[[NetworkTrainer], None]) -> int:
-    """Fill a cache with the options of sd3_train_network.py. Those of the LoRA and its output may be left out."""
+def run_cache(
+    tool: str, description: str | None, arguments: list[str] | None, switch: str, fill: Callable[[NetworkTrainer], None]
+) -> int:
+    """Fill a cache with the options of sd3_train_network.py. Those of the LoRA and its output may be left out.
+
+    tool, description: the file's name and docstring, for --help.
+    """
     import logging
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if "-h" in words or "--help" in words:
+        build_parser(tool, description or "").print_help()
+        return 0
     with tempfile.TemporaryDirectory() as unused:
         defaults = {"--output_dir": unused, "--network_module": "networks.lora_sd3"}
         given = {word.split("=")[0] for word in words}
@@ -26,6 +35,8 @@ def run_cache(arguments: list[str] | None, switch: str, fill: Callable[[NetworkT
             words += [] if option in given else [option, value]
         try:
             options = resolve_options([*words, switch])
+            if options.args.output_config:
+                raise UserError("--output_config is for sd3_train_network.py, which reads and writes the same files.")
             logging.basicConfig(
                 level="INFO", format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True
             )
@@ -33,7 +44,10 @@ def run_cache(arguments: list[str] | None, switch: str, fill: Callable[[NetworkT
 
             trainer = Sd3NetworkTrainer(options.args, options.problems)
             trainer.prepare()
-            fill(trainer)
+            if options.args.dry_run or options.args.debug_dataset:
+                trainer.show_plan()
+            else:
+                fill(trainer)
         except UserError as error:
             print(error.as_text(), file=sys.stderr)
             return 2

@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
 """One small picture for a page: the previews before training above those after it.
 
-python -m tools.demo_before_after output before_after.png
+python tools/demo_before_after.py output before_after.png
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, Python looks into tools/ alone
 
 from library.files import atomic_write
 from library.options.errors import UserError

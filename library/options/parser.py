@@ -16,11 +16,14 @@ from library.options.table import BY_NAME, GROUPS, OPTIONS
 NEGATIVE_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$|-\d+(\.\d*)?[eE][-+]?\d+$")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(
+    prog: str = "sd3_train_network.py", description: str = "Train a LoRA for Stable Diffusion 3 or 3.5."
+) -> argparse.ArgumentParser:
     """The parser of all options. Names must be given in full: an abbreviation could mean another option tomorrow."""
     parser = argparse.ArgumentParser(
-        prog="sd3_train_network.py",
-        description="Train a LoRA for Stable Diffusion 3 or 3.5.",
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for group in GROUPS:

@@ -12,6 +12,7 @@ import pytest
 from sd3_train_network import main
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.test_resume import same, weights
+from tools import cache_latents
 
 DISK = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only", "--flip_aug")
 DROPPED = ("--caption_dropout_rate", "0.4")
@@ -108,3 +109,13 @@ def test_the_caching_tools_fill_what_training_reads(workshop: Workshop, own_imag
     broken = [sys.executable, str(tools / "cache_latents.py"), "--dataset_config", "none.toml"]
     done = subprocess.run(broken, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "none.toml" in done.stderr
+
+
+def test_a_dry_run_of_a_caching_tool_shows_the_plan_and_writes_nothing(workshop: Workshop, own_images: Path, capsys):
+    images = ["--train_data_dir", str(own_images), "--caption_extension", ".txt", "--resolution", "64"]
+    options = ["--pretrained_model_name_or_path", str(workshop.model), *images]
+    before = sorted(own_images.rglob("*"))
+    assert cache_latents.main([*options, "--dry_run"]) == 0
+    assert "images" in capsys.readouterr().out and sorted(own_images.rglob("*")) == before
+    assert cache_latents.main([*options, "--output_config"]) == 2
+    assert "--output_config is for sd3_train_network.py" in capsys.readouterr().err
