@@ -25,7 +25,7 @@ class DoRALayer(LoRALayer):
 
     Since W' x = (W + D) (m / norm * x), a pre-hook scales the frozen layer's input and the rest is LoRA: one product with W,
     and no weight is ever merged. The norm needs Up' W, so W's values must be there when the layer runs: plain, swapped in or
-    quantised, but not on the meta device. The norm counts as a constant in the gradient (section 4.3).
+    quantised; on the meta device there are sizes alone. The norm counts as a constant in the gradient (section 4.3).
     """
 
     exact = ("alpha", "dora_scale", "base_squared")
@@ -33,7 +33,8 @@ class DoRALayer(LoRALayer):
 
     def __init__(self, layer: FrozenLayer, settings: LayerSettings):
         super().__init__(layer, settings)
-        squared = column_norms_squared(dense_weight(layer)).to("cpu")  # [1, in] or [1, in, 1, 1]
+        home = "meta" if layer.weight.is_meta else "cpu"
+        squared = column_norms_squared(dense_weight(layer)).to(home)  # [1, in] or [1, in, 1, 1]
         self.dora_scale = nn.Parameter(squared.sqrt())
         self.register_buffer("base_squared", squared, persistent=False)
         # of the forward under way, handed from the pre-hook to the hook: input, m / norm, kept by module dropout

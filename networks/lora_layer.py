@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -228,8 +229,11 @@ class LoRALayer(NetworkLayer):
 
 
 def _make_factors(layer: FrozenLayer, rows: int, rank: int) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
-    """Down and Up without values, on the CPU, in float32. Down of a convolution has its kernel, stride and padding."""
-    skip_init = nn.utils.skip_init
+    """Down and Up without values, on the CPU, in float32. Down of a convolution has its kernel, stride and padding.
+
+    Those of a layer on the meta device, whose sizes alone are wanted, are there too.
+    """
+    skip_init = partial(nn.utils.skip_init, device="meta" if layer.weight.is_meta else "cpu")
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or layer.padding_mode != "zeros":
             raise ValueError(f"no LoRA for a convolution with groups={layer.groups}, padding_mode={layer.padding_mode}")

@@ -125,12 +125,18 @@ def quantise(model: nn.Module, kind: str, within: Callable[[str], bool], device:
 
     With `device` each layer is quantised there and comes back, so that a GPU does the work and holds one wide layer at a time.
     """
-    layer_class = KINDS[kind]
+    return replace_linears(model, KINDS[kind], within, device)
+
+
+def replace_linears(
+    model: nn.Module, kind: type[QuantisedLinear], within: Callable[[str], bool], device: torch.device | None = None
+) -> int:
+    """As `quantise`, by class."""
     replaced = 0
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and not isinstance(layer, QuantisedLinear) and within(path):
             home = layer.weight.device
-            new = layer_class.of(layer.to(device) if device is not None else layer).to(home)
+            new = kind.of(layer.to(device) if device is not None else layer).to(home)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, new)
             replaced += 1

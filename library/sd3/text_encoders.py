@@ -70,6 +70,13 @@ def load_t5(
     return _frozen(model)
 
 
+def empty_encoder(part: Part) -> nn.Module:
+    """The text encoder of a part on the meta device: its shapes, for reckoning with."""
+    sizes = sizes_of(part)
+    model: nn.Module = _empty_clip(sizes, ACTIVATIONS[part.name]) if isinstance(sizes, ClipSizes) else _empty_t5(sizes)
+    return model.requires_grad_(False).eval().to("meta")
+
+
 def quantise_t5(model: nn.Module, quantize: Quantize) -> None:
     """What load_t5 does with `quantize`, for a T5 that was loaded wide."""
     for block in cast(Any, model).encoder.block:
