@@ -41,7 +41,8 @@ from library.training.prompts import PreviewPrompt, read_prompts
 from library.training.schedulers import check_schedule
 from library.training.state import SavedState, newest_state, open_state
 from library.training.tracking import tracking_problems
-from networks.parameter_groups import LearningRates
+from networks.lora_file import names_in_file
+from networks.parameter_groups import PARTS, LearningRates, parts_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,13 +93,16 @@ def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], wo
     files = _try(problems, family.locate_models) if args.pretrained_model_name_or_path else None
     index = _try(problems, lambda: index_data(args, seed))
     rates = _try(problems, lambda: learning_rates(args, family.train_t5xxl()))
+    if rates is not None and args.dim_from_weights and args.network_weights:
+        rates = rates_of_file(rates, args.network_weights)
     prompts = _try(problems, lambda: read_prompts(args.sample_prompts)) if args.sample_prompts else []
     problems.found += check_flow(flow_settings(args)) + check_loss(loss_settings(args))
     if rates is not None:
         given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
         if not given:
             problems.add(
-                "Nothing would be trained: the learning rate of every part is 0. Raise --learning_rate or --unet_lr."
+                "Nothing would be trained: the learning rate of every part is 0, or --dim_from_weights has no LoRA for the others."
+                " Raise --learning_rate or --unet_lr."
             )
         problems.found += check_optimizer(args.optimizer_type, args.optimizer_args, given)
     problems.found += tracking_problems(tracking_settings(args))
@@ -169,6 +173,18 @@ def learning_rates(args: argparse.Namespace, train_t5xxl: bool) -> LearningRates
         args.network_train_text_encoder_only,
         train_t5xxl,
     )
+
+
+def rates_of_file(rates: LearningRates, path: str) -> LearningRates:
+    """With --dim_from_weights: a part of which the file has no LoRA is not trained, and this is said."""
+    try:
+        parts = parts_of(names_in_file(path))
+    except UserError:
+        return rates  # what is wrong with the file is told with all else about the network
+    for part, title in PARTS.items():
+        if rates.of(part) > 0 and part not in parts:
+            logger.warning("--dim_from_weights: %s has no LoRA for %s: it is not trained.", path, title)
+    return rates.only(parts)
 
 
 def output_problems(folder: Path) -> list[str]:

@@ -47,9 +47,9 @@ from library.training.metadata import FamilyFacts
 from library.training.previews import Previewer, PreviewSettings
 from library.training.prompts import PreviewPrompt
 from library.training.seeds import DrawGenerators
+from networks.lora_file import check_lora_file
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES
 from networks.network_modules import network_module
-from networks.weight_files import check_network_file
 
 logger = logging.getLogger(__name__)
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
@@ -136,7 +136,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         problems = []
         for path in [args.network_weights, *(args.base_weights or [])]:
             if path:
-                problems += check_network_file(path)
+                problems += check_lora_file(path)
         if args.network_module:
             depth = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).depth
             module = network_module(args.network_module)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from library.options.errors import UserError
+from networks.lora_file import read_lora
 from networks.lora_sd3 import layers_by_name
 from networks.merging import merge_layers
 from networks.parameter_groups import PARTS, part_of, parts_of
-from networks.weight_files import group_by_layer, listed, read_network_file
+from networks.weight_files import listed
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class BaseWeights:
 
     def __init__(self, files: Iterable[tuple[str, float]]):
         """files: paths with their strengths. UserError where one can't be read or names parts that no SD3 model has."""
-        self.files = [(path, strength, group_by_layer(read_network_file(path), path)) for path, strength in files]
+        self.files = [(path, strength, read_lora(path, damaged=True).layers) for path, strength in files]
         for path, _, changes in self.files:
             strange = [name for name in changes if part_of(name) is None]
             if strange:

@@ -150,11 +150,9 @@ def to_kohya(
     q, k and v become one pair: of their rank where they share lora_A, else of the sum of their ranks with a block-diagonal Up.
     UserError lists the names that mean nothing here.
     """
-    pairs, problems = _read_pairs(tensors, _adapter_config(metadata, where), where)
-    names = kohya_names(pairs)
-    problems += [f"{where}: {path} is no layer of SD3." for path in pairs if path not in names]
-    if problems:
-        raise UserError(problems[:20])
+    layers = _by_path(tensors, where)
+    names = kohya_names(layers)
+    pairs = _read_pairs(layers, tensors, _adapter_config(metadata, where), where)
     found: dict[str, dict[int, Pair]] = {}
     for path, pair in pairs.items():
         name, place = names[path]
@@ -172,29 +170,52 @@ def to_kohya(
     return converted
 
 
-def _read_pairs(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
-) -> tuple[dict[str, Pair], list[str]]:
-    """Pairs by module path, and what is wrong with the names."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    problems = []
-    for key, tensor in tensors.items():
+def kohya_layers(keys: Iterable[str], where: str = "the LoRA") -> set[str]:
+    """The kohya names of the layers that a file in diffusers' or PEFT's layout changes. UserError as `to_kohya`, for its names."""
+    return {name for name, _ in kohya_names(_by_path(keys, where)).values()}
+
+
+def _by_path(keys: Iterable[str], where: str) -> dict[str, dict[str, str]]:
+    """Module path -> "down", "up" or "alpha" -> the tensor's name. UserError lists names that are none of a plain LoRA of SD3."""
+    layers: dict[str, dict[str, str]] = {}
+    strange = []
+    for key in keys:
         ending = ENDINGS.search(key)
         if ending is None:
-            problems.append(f"{where}: {key} is no part of a plain LoRA.")
+            strange.append(key)
             continue
         kind = {"A": "down", "B": "up"}.get(ending["peft"] or "") or ending["old"] or ending["kohya"] or "alpha"
-        path = key[: ending.start()].removeprefix("base_model.model.")
-        layers.setdefault(path, {})[kind] = tensor
-    pairs = {}
-    for path, layer in layers.items():
+        layers.setdefault(key[: ending.start()].removeprefix("base_model.model."), {})[kind] = key
+    names = kohya_names(layers)
+    unknown = [path for path in layers if path not in names]
+    problems = []
+    if strange:
+        problems.append(
+            f"{where}: what is no part of a plain LoRA in kohya's, diffusers' or PEFT's layout: {listed(strange)}."
+        )
+    if unknown:
+        problems.append(f"{where}: what is no layer of SD3: {listed(unknown)}.")
+    if problems:
+        raise UserError(problems)
+    return layers
+
+
+def _read_pairs(
+    layers: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
+) -> dict[str, Pair]:
+    """Pairs by module path. UserError names the paths where none is whole."""
+    pairs, broken = {}, []
+    for path, keys in layers.items():
+        layer = {kind: tensors[key] for kind, key in keys.items()}
         if not {"down", "up"} <= layer.keys() or not fit(layer["down"], layer["up"], layer.get("alpha")):
-            problems.append(f"{where}: {path} lacks its lora_A or lora_B, or they do not fit each other.")
+            broken.append(path)
             continue
         rank = layer["down"].shape[0]
         scale = float(layer["alpha"]) / rank if "alpha" in layer else _configured_scale(path, rank, config)
         pairs[path] = Pair(layer["down"], layer["up"], scale)
-    return pairs, problems
+    if broken:
+        raise UserError(f"{where}: their lora_A or lora_B is missing, or they do not fit each other: {listed(broken)}.")
+    return pairs
 
 
 def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The layers may be of any kind of NetworkLayer: LoRA, DoRA, or one of LyCORIS.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from library.options.errors import UserError
+from networks.lora_file import read_lora
 from networks.merging import merge_into
 from networks.network_layer import NetworkLayer
-from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups, parts_of, without_absent_parts
-from networks.weight_files import compare_shapes, group_by_layer, in_dtype, read_network_file, write_network_file
+from networks.parameter_groups import PARTS, LearningRates, LoraPlus, parameter_groups, parts_of, without_absent_parts
+from networks.weight_files import compare_shapes, group_by_layer, in_dtype, write_network_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class LoRANetwork(nn.Module):
 
     def load_weights(self, path: str | Path) -> None:
         """Go on from a LoRA file (--network_weights). UserError lists the names and shapes that don't fit; the file's alphas count."""
-        self.load_tensors(read_network_file(path), path)
+        self.load_tensors(read_lora(path, damaged=True).tensors, path)
 
     def load_tensors(self, tensors: Mapping[str, Tensor], where: str | Path) -> None:
         """As `load_weights`, from tensors in memory; `where` names them in errors."""
@@ -167,3 +171,17 @@ class LoRANetwork(nn.Module):
         for layer in self.layers.values():
             merge_into(layer.layer, layer.file_tensors(), layer.multiplier)
         self.detach()
+
+
+def make_network(
+    layers: Mapping[str, NetworkLayer], plus: LoraPlus, multiplier: float, kind: str, verbose: bool
+) -> LoRANetwork:
+    """The network of these layers; the log tells how many each part has, and with `verbose` every one."""
+    network = LoRANetwork(layers, plus, multiplier)
+    for prefix, title in PARTS.items():
+        count = sum(name.startswith(prefix) for name in layers)
+        if count:
+            logger.info("%s for %s: %d layers", kind, title, count)
+    if verbose:
+        logger.info("%s", network.table())
+    return network

@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.options.errors import UserError
-from networks.arguments import nearest_name
 from networks.dora import DoRALayer
 from networks.frozen_layers import FrozenLayer, is_target
-from networks.lora import LoRANetwork
+from networks.lora import LoRANetwork, make_network
+from networks.lora_file import layers_of_file
 from networks.lora_layer import LayerSettings, LoRALayer
 from networks.network_arguments import LoraSettings, check_network_args, read_settings, trains_t5xxl
-from networks.parameter_groups import PARTS, LoraPlus, parts_of, without_absent_parts
-from networks.weight_files import group_by_layer, listed, read_network_file
+from networks.parameter_groups import LoraPlus
+from networks.weight_files import listed
 
 __all__ = [
     "check_network_args",
@@ -121,22 +121,17 @@ def create_network_from_weights(
     Of kwargs (`--network_args`) those about dropout, LoRA+ and the table count; UserError for those that the file decides,
     for a layer that the model lacks and for shapes that don't fit. for_inference leaves out every dropout.
     """
-    where = str(file or "the given weights")
-    tensors = dict(read_network_file(where) if weights_sd is None else weights_sd)
     settings = read_settings(kwargs, neuron_dropout=0.0 if for_inference else neuron_dropout)
     refused = [key for key in DECIDED_BY_FILE if key in kwargs]
     if refused:
-        raise UserError(f"--dim_from_weights takes {', '.join(refused)} from {where}: leave out one or the other.")
+        raise UserError(
+            f"--dim_from_weights takes {', '.join(refused)} from {file or 'the given weights'}: leave out one or the other."
+        )
     if for_inference:
         settings = replace(settings, rank_dropout=0.0, module_dropout=0.0)
     available = layers_by_name(text_encoders or [], mmdit)
-    found = group_by_layer(tensors, where)
-    found = without_absent_parts(found, parts_of(available), where)
-    unknown = [name for name in found if name not in available]
-    if unknown:
-        raise UserError(
-            f"{where} has LoRAs for layers that this model lacks: {listed(unknown)}.{nearest_name(unknown[0], available)}"
-        )
+    from_file = layers_of_file(file, weights_sd, available)
+    found, where = from_file.layers, from_file.where
     no_lora = [name for name, layer in found.items() if "lora_down.weight" not in layer]
     if no_lora:
         raise UserError(
@@ -149,8 +144,8 @@ def create_network_from_weights(
     ]
     dora = {name for name, layer in found.items() if "dora_scale" in layer}
     network = _build(targets, settings, multiplier, dora)
-    network.load_tensors({f"{n}.{s}": tensor for n, layer in found.items() for s, tensor in layer.items()}, where)
-    return network, tensors
+    network.load_tensors(from_file.tensors_of_layers, where)
+    return network, from_file.tensors
 
 
 def layers_by_name(text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None) -> dict[str, FrozenLayer]:
@@ -233,14 +228,7 @@ def _build(
     plus = LoraPlus.from_ratios(
         settings.loraplus_lr_ratio, settings.loraplus_unet_lr_ratio, settings.loraplus_text_encoder_lr_ratio
     )
-    network = LoRANetwork(layers, plus, multiplier)
-    for prefix, title in PARTS.items():
-        count = sum(name.startswith(prefix) for name in layers)
-        if count:
-            logger.info("LoRA for %s: %d layers", title, count)
-    if settings.verbose:
-        logger.info("%s", network.table())
-    return network
+    return make_network(layers, plus, multiplier, "LoRA", settings.verbose)
 
 
 def _blocks(mmdit: nn.Module) -> Sequence[nn.Module]:

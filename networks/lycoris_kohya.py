@@ -6,7 +6,6 @@ around them is the one of networks.lora, so training, saving, loading and mergin
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -15,19 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from library.options.errors import UserError
-from networks.arguments import nearest_name
 from networks.frozen_layers import is_target, plain_weight
-from networks.lora import LoRANetwork
+from networks.lora import LoRANetwork, make_network
+from networks.lora_file import layers_of_file
 from networks.lora_sd3 import layers_by_name
 from networks.lycoris_arguments import FACTORED, LycorisSettings, check_network_args, read_settings
 from networks.lycoris_layer import FACTORED_MODULES, ROTATIONS, LycorisLayer
 from networks.network_arguments import trains_t5xxl
-from networks.parameter_groups import PARTS, LoraPlus, parts_of, without_absent_parts
-from networks.weight_files import group_by_layer, listed, read_network_file
+from networks.parameter_groups import LoraPlus
 
 __all__ = ["check_network_args", "create_network", "create_network_from_weights", "trains_t5xxl"]
-
-logger = logging.getLogger(__name__)
 
 SUPPORTED = (*FACTORED_MODULES, *ROTATIONS, "full")
 # settings that a file leaves open under --dim_from_weights
@@ -90,8 +86,6 @@ def create_network_from_weights(
 
     Of kwargs module_dropout, LoRA+ and the table count; UserError for those that the file decides.
     """
-    where = str(file or "the given weights")
-    tensors = dict(read_network_file(where) if weights_sd is None else weights_sd)
     refused = [key for key in kwargs if key not in OPEN_WITH_FILE] + ["--network_dropout"] * bool(neuron_dropout)
     if refused:
         raise UserError(
@@ -99,19 +93,16 @@ def create_network_from_weights(
         )
     settings = read_settings(kwargs)
     available = layers_by_name(text_encoders or [], mmdit)
-    found = without_absent_parts(group_by_layer(tensors, where), parts_of(available), where)
-    unknown = [name for name in found if name not in available]
-    if unknown:
-        near = nearest_name(unknown[0], available)
-        raise UserError(f"{where} has changes of layers that this model lacks: {listed(unknown)}.{near}")
+    from_file = layers_of_file(file, weights_sd, available)
+    found, where = from_file.layers, from_file.where
     layers = {}
     for name, layer in available.items():
         if name in found:
             inner = _inner_from_file(name, layer, found[name], where)
             layers[name] = LycorisLayer(inner, True, 0.0 if for_inference else settings.module_dropout)
     network = _network(layers, settings, multiplier)
-    network.load_tensors({f"{n}.{s}": tensor for n, layer in found.items() for s, tensor in layer.items()}, where)
-    return network, tensors
+    network.load_tensors(from_file.tensors_of_layers, where)
+    return network, from_file.tensors
 
 
 def _lycoris() -> ModuleType:
@@ -210,11 +201,5 @@ def _network(layers: dict[str, LycorisLayer], settings: LycorisSettings, multipl
     if not layers:
         raise UserError(f"LyCORIS finds no layer to train (preset {settings.preset}).")
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_unet_lr_ratio, settings.loraplus_text_encoder_lr_ratio)
-    network = LoRANetwork(layers, LoraPlus.from_ratios(*ratios), multiplier)
-    for prefix, title in PARTS.items():
-        count = sum(name.startswith(prefix) for name in layers)
-        if count:
-            logger.info("LyCORIS %s for %s: %d layers", settings.algo, title, count)
-    if settings.verbose:
-        logger.info("%s", network.table())
-    return network
+    plus = LoraPlus.from_ratios(*ratios)
+    return make_network(layers, plus, multiplier, f"LyCORIS {settings.algo}", settings.verbose)

@@ -66,6 +66,13 @@ class LearningRates:
         clip_l, clip_g, t5xxl = self.text_encoders
         return clip_l > 0, clip_g > 0, t5xxl > 0
 
+    def only(self, parts: Iterable[str]) -> LearningRates:
+        """The same rates, 0 for each part whose prefix is not among `parts`."""
+        kept = set(parts)
+        *encoders, unet = (rate if part in kept else 0.0 for part, rate in zip(PARTS, (*self.text_encoders, self.unet)))
+        clip_l, clip_g, t5xxl = encoders
+        return LearningRates(unet, (clip_l, clip_g, t5xxl))
+
     def of(self, prefix: str) -> float:
         """The rate of a part by its LoRA name prefix, a key of PARTS."""
         return dict(zip(PARTS, (*self.text_encoders, self.unet)))[prefix]

@@ -1,4 +1,4 @@
-"""LoRA files in the kohya layout: `<lora name>.<suffix>` tensors, read with care and written whole."""
+"""Files of named tensors, read with care and written whole, and the kohya layout: `<lora name>.<suffix>`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LISTED = 10  # names that an error lists before it counts the rest
 
 
 def read_network_file(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a LoRA file, on the CPU. UserError where it is absent, damaged or holds other things than tensors."""
+    """All tensors of a LoRA file under its own names, on the CPU. UserError where it is absent, damaged or holds other things than tensors."""
     path = Path(path)
     if path.suffix not in PICKLED:
         from safetensors.torch import load_file
@@ -36,19 +36,6 @@ def read_network_file(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a LoRA file: it holds other things than tensors by name.")
     return dict(tensors)
-
-
-def check_network_file(path: str | Path) -> list[str]:
-    """What is wrong with a LoRA file as far as its header tells, a sentence each: for preflights. Reads no tensor."""
-    path = Path(path)
-    try:
-        if path.suffix in PICKLED:
-            return [] if path.is_file() else [f"{path} does not exist."]
-        header = read_header(path)
-        group_by_layer(dict.fromkeys(header.tensors), path)
-    except UserError as error:
-        return error.problems
-    return []
 
 
 def write_network_file(
@@ -74,8 +61,7 @@ def group_by_layer(tensors: Mapping[str, Value], where: str | Path) -> dict[str,
         layers.setdefault(name, {})[suffix] = tensor
     if strange:
         raise UserError(
-            f"{where}: names are not those of the kohya layout (lora_unet_….lora_down.weight): {listed(strange)}. "
-            "If it is a diffusers or PEFT file, convert it first with tools/convert_lora.py."
+            f"{where}: names are not those of the kohya layout (lora_unet_….lora_down.weight): {listed(strange)}."
         )
     if not layers:
         raise UserError(f"{where} holds no tensors.")

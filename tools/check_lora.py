@@ -25,10 +25,11 @@ from torch import Tensor
 from library.sd3.checkpoint import locate_parts
 from networks.diffusers_layout import fit
 from networks.diffusers_names import diffusers_paths
+from networks.lora_file import LoraFile, read_lora
 from networks.merging import check_change, kind_of
 from networks.weight_files import listed
 from tools.checkpoint_weights import TITLES, Weight, lora_weights
-from tools.lora_files import LoraFile, check_free, read_lora, run_tool, table, tool_parser
+from tools.lora_files import check_free, run_tool, table, tool_parser
 from tools.norm_plot import Bar, draw_norms
 
 KINDS = {

@@ -17,15 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 
 from library.options.errors import UserError
 from networks.diffusers_layout import to_diffusers, unread_by_diffusers
-from tools.lora_files import (
-    add_output_options,
-    check_target,
-    in_precision,
-    read_lora,
-    run_tool,
-    save_lora,
-    tool_parser,
-)
+from networks.lora_file import read_lora
+from tools.lora_files import add_output_options, check_target, in_precision, run_tool, save_lora, tool_parser
 
 logger = logging.getLogger(__name__)
 

@@ -41,12 +41,13 @@ from library.sd3.tokenizers import load_tokenizers
 from library.sd3.vae import denormalise
 from library.training.previews import Previewer, PreviewSettings
 from library.training.prompts import PreviewPrompt
+from networks.lora_file import LoraFile, read_lora
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, layers_by_name
 from networks.merging import merge_layers
 from networks.parameter_groups import parts_of
 from networks.weight_files import listed
 from tools.generate_options import make_parser, prompts_from
-from tools.lora_files import DTYPES, LoraFile, read_lora, run_tool
+from tools.lora_files import DTYPES, run_tool
 from tools.low_rank import device_from
 
 logger = logging.getLogger(__name__)

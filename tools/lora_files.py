@@ -1,4 +1,4 @@
-"""What the tools for LoRA files share: reading either layout, writing with true hashes, and how a tool ends."""
+"""What the tools for LoRA files share: writing with true hashes, and how a tool ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,10 +13,8 @@ from torch import Tensor
 
 from library.files import save_safetensors
 from library.options.errors import UserError
-from library.sd3.checkpoint import read_header
 from library.training.model_hash import lora_hashes
-from networks.diffusers_layout import ADAPTER_CONFIG, fit, is_diffusers, to_kohya
-from networks.weight_files import PICKLED, group_by_layer, listed, read_network_file
+from networks.diffusers_layout import ADAPTER_CONFIG
 
 DTYPES = {
     "float": torch.float32,
@@ -26,46 +23,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 STALE = ("sshs_model_hash", "sshs_legacy_hash", ADAPTER_CONFIG)  # keys of metadata that are true of one file alone
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    path: Path
-    tensors: dict[str, Tensor]  # in kohya's layout, on the CPU
-    metadata: dict[str, str]
-    layout: str  # of the file: "kohya" or "diffusers"
-
-    @property
-    def layers(self) -> dict[str, dict[str, Tensor]]:
-        """LoRA name -> suffix -> tensor."""
-        return group_by_layer(self.tensors, self.path)
-
-
-def read_lora(path: str | Path, damaged: bool = False) -> LoraFile:
-    """A LoRA file of kohya's, diffusers' or PEFT's layout. UserError where it can't be read or is none.
-
-    damaged: let pass layers whose tensors don't fit each other, for a tool that tells of them.
-    """
-    path = Path(path)
-    tensors = read_network_file(path)
-    metadata = {} if path.suffix in PICKLED else read_header(path).metadata
-    if not tensors:
-        raise UserError(f"{path} holds no tensors.")
-    if is_diffusers(tensors):
-        return LoraFile(path, to_kohya(tensors, metadata, str(path)), metadata, "diffusers")
-    broken = [name for name, layer in group_by_layer(tensors, path).items() if not _is_whole(layer)]
-    if broken and not damaged:
-        raise UserError(f"{path} is damaged, in {listed(broken)}: tools/check_lora.py says how.")
-    return LoraFile(path, tensors, metadata, "kohya")
-
-
-def _is_whole(layer: Mapping[str, Tensor]) -> bool:
-    if "alpha" in layer and layer["alpha"].numel() != 1:
-        return False
-    if "lora_down.weight" not in layer:
-        return "lora_up.weight" not in layer
-    up = layer.get("lora_up.weight")
-    return up is not None and fit(layer["lora_down.weight"], up, layer.get("alpha"))
 
 
 def save_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

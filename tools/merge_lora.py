@@ -27,19 +27,11 @@ from library.options.errors import Problems, UserError
 from library.sd3.checkpoint import locate_parts, read_header
 from library.training.progress import progress_bar
 from networks.diffusers_layout import scaled
+from networks.lora_file import LoraFile, read_lora
 from networks.merging import check_change, merged_weight
 from networks.weight_files import listed
 from tools.checkpoint_weights import TITLES, Weight, as_stored, lora_weights, open_weights
-from tools.lora_files import (
-    LoraFile,
-    add_output_options,
-    check_target,
-    in_precision,
-    read_lora,
-    run_tool,
-    save_lora,
-    tool_parser,
-)
+from tools.lora_files import add_output_options, check_target, in_precision, run_tool, save_lora, tool_parser
 from tools.low_rank import RankRule, add_rule_options, decompose_product, device_from, rule_from
 from tools.safetensors_rewrite import rewrite
 

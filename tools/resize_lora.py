@@ -22,18 +22,9 @@ from torch import Tensor
 
 from library.options.errors import UserError
 from library.training.progress import progress_bar
+from networks.lora_file import LoraFile, read_lora
 from networks.weight_files import listed
-from tools.lora_files import (
-    LoraFile,
-    add_output_options,
-    check_target,
-    in_precision,
-    read_lora,
-    run_tool,
-    save_lora,
-    table,
-    tool_parser,
-)
+from tools.lora_files import add_output_options, check_target, in_precision, run_tool, save_lora, table, tool_parser
 from tools.low_rank import RankRule, add_rule_options, decompose_product, device_from, rule_from
 
 RESIZED = ("lora_down.weight", "lora_up.weight", "alpha")

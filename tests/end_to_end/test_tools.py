@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.options.errors import UserError
 from networks.diffusers_layout import to_diffusers
@@ -85,3 +85,34 @@ def test_a_trained_file_passes_the_check_and_survives_every_tool(workshop: Works
     assert before.keys() == after.keys() and len(before) > 40
     for name, change in before.items():
         assert (after[name] - change).norm() < 1e-2 * change.norm() + 1e-6, name
+
+
+def test_training_goes_on_from_a_converted_file_as_from_the_original(workshop: Workshop, tmp_path: Path):
+    """Bit for bit, with --network_weights under both ways to choose the layers, and with --base_weights."""
+    run = train(workshop, tmp_path / "run", network_dim=4, network_alpha=4, learning_rate="1e-2")
+    theirs = tmp_path / "theirs.safetensors"
+    assert convert_lora.main(["--model", str(run.folder / "lora.safetensors"), "--save_to", str(theirs)]) == 0
+    for case, more in {"same_dim": (), "file_dim": ("--dim_from_weights",)}.items():
+        ends = []
+        for file in (run.folder / "lora.safetensors", theirs):
+            folder = tmp_path / case / file.stem
+            options = {"network_weights": file, "base_weights": file, "base_weights_multiplier": 0.5}
+            ends.append(train(workshop, folder, *more, network_dim=4, network_alpha=4, **options).weights())
+        assert ends[0].keys() == ends[1].keys() == run.weights().keys()
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+        assert any(not torch.equal(ends[0][key], value) for key, value in run.weights().items())
+
+
+def test_an_encoder_without_a_lora_in_the_file_of_dim_from_weights_is_not_trained(
+    workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Its outputs are cached ahead and it is freed, as if its learning rate were 0."""
+    first = train(workshop, tmp_path / "first")
+    kept = {key: tensor for key, tensor in first.weights().items() if not key.startswith("lora_te2_")}
+    save_file(kept, tmp_path / "without.safetensors")
+    options = {"network_weights": tmp_path / "without.safetensors"}
+    run = train(workshop, tmp_path / "run", "--dim_from_weights", "--cache_text_encoder_outputs", **options)
+    assert run.trainer.trained_encoders == run.trainer.live_encoders == ["clip_l"]
+    assert "clip_g" not in run.trainer.text_stage.models
+    assert run.moved().keys() == {"te1", "unet"}
+    assert "has no LoRA for textencoder 2: it is not trained." in caplog.text

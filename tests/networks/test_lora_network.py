@@ -155,7 +155,7 @@ def test_files_that_do_not_fit_are_listed():
 
 def test_file_of_another_layout_is_an_error():
     network = create_network(1.0, 4, 2.0, None, [], tiny_mmdit())
-    with pytest.raises(UserError, match="convert"):
+    with pytest.raises(UserError, match="not those of the kohya layout"):
         network.load_tensors({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 64)}, "x")
 
 

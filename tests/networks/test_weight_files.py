@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.options.errors import UserError
-from networks.weight_files import check_network_file, group_by_layer, in_dtype, read_network_file, write_network_file
+from networks.weight_files import group_by_layer, in_dtype, read_network_file, write_network_file
 
 TENSORS = {"lora_unet_a.lora_up.weight": torch.randn(3, 2), "lora_unet_a.alpha": torch.tensor(2.0)}
 
@@ -72,7 +72,7 @@ def test_grouping_by_layer():
 
 def test_a_file_of_another_layout_is_named(tmp_path):
     save_file({"text_encoder.layers.0.lora_A.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="convert_lora"):
+    with pytest.raises(UserError, match="not those of the kohya layout"):
         group_by_layer(read_network_file(tmp_path / "a.safetensors"), "a.safetensors")
     with pytest.raises(UserError, match="holds no tensors"):
         group_by_layer({}, "a.safetensors")
@@ -83,12 +83,3 @@ def test_single_numbers_keep_their_value(value: float):
     tensor = torch.tensor(value)
     assert in_dtype(tensor, torch.float16).item() == tensor.item()
     assert in_dtype(torch.randn(3), torch.float16).dtype == torch.float16
-
-
-def test_preflight_reads_the_header_alone(tmp_path):
-    write_network_file(tmp_path / "good.safetensors", TENSORS)
-    assert check_network_file(tmp_path / "good.safetensors") == []
-    save_file({"text_encoder.a.lora_A.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    assert "convert_lora" in check_network_file(tmp_path / "other.safetensors")[0]
-    assert "does not exist" in check_network_file(tmp_path / "absent.safetensors")[0]
-    assert "does not exist" in check_network_file(tmp_path / "absent.pt")[0]

@@ -1,0 +1,104 @@
+"""LoRA files of any layout, kohya's, diffusers' or PEFT's, read as the tensors of kohya's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from library.options.errors import UserError
+from library.sd3.checkpoint import read_header
+from networks.arguments import nearest_name
+from networks.diffusers_layout import fit, is_diffusers, kohya_layers, to_kohya
+from networks.parameter_groups import parts_of, without_absent_parts
+from networks.weight_files import PICKLED, group_by_layer, listed, read_network_file
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    path: Path
+    tensors: dict[str, Tensor]  # in kohya's layout, on the CPU
+    metadata: dict[str, str]
+    layout: str  # of the file: "kohya" or "diffusers"
+
+    @property
+    def layers(self) -> dict[str, dict[str, Tensor]]:
+        """LoRA name -> suffix -> tensor."""
+        return group_by_layer(self.tensors, self.path)
+
+
+def read_lora(path: str | Path, damaged: bool = False) -> LoraFile:
+    """A LoRA or LyCORIS file of kohya's, or a LoRA file of diffusers' or PEFT's layout. UserError where it can't be read or is none.
+
+    damaged: let pass layers of kohya's layout whose tensors don't fit each other, for those who tell of them better.
+    """
+    path = Path(path)
+    tensors = read_network_file(path)
+    metadata = {} if path.suffix in PICKLED else read_header(path).metadata
+    if not tensors:
+        raise UserError(f"{path} holds no tensors.")
+    if is_diffusers(tensors):
+        return LoraFile(path, to_kohya(tensors, metadata, str(path)), metadata, "diffusers")
+    broken = [name for name, layer in group_by_layer(tensors, path).items() if not _is_whole(layer)]
+    if broken and not damaged:
+        raise UserError(f"{path} is damaged, in {listed(broken)}: tools/check_lora.py says how.")
+    return LoraFile(path, tensors, metadata, "kohya")
+
+
+@dataclass(frozen=True)
+class FileLayers:
+    """What a network is made of under --dim_from_weights."""
+
+    where: str  # the file, for errors
+    tensors: Mapping[str, Tensor]  # all of it, in kohya's layout
+    layers: dict[str, dict[str, Tensor]]  # LoRA name -> suffix -> tensor, of the parts that the model has
+
+    @property
+    def tensors_of_layers(self) -> dict[str, Tensor]:
+        return {f"{name}.{suffix}": tensor for name, layer in self.layers.items() for suffix, tensor in layer.items()}
+
+
+def layers_of_file(
+    file: str | None, given: Mapping[str, Tensor] | None, available: Mapping[str, nn.Module]
+) -> FileLayers:
+    """The layers of a LoRA file, or of the given tensors in kohya's layout, that belong to `available`, a model's layers by LoRA name.
+
+    Parts that the model lacks are left out with a warning. UserError for a layer that it lacks in a part that it has.
+    """
+    where = str(file or "the given weights")
+    tensors = read_lora(where, damaged=True).tensors if given is None else given
+    found = without_absent_parts(group_by_layer(tensors, where), parts_of(available), where)
+    unknown = [name for name in found if name not in available]
+    if unknown:
+        near = nearest_name(unknown[0], available)
+        raise UserError(f"{where} has LoRAs for layers that this model lacks: {listed(unknown)}.{near}")
+    return FileLayers(where, tensors, found)
+
+
+def names_in_file(path: str | Path) -> set[str]:
+    """The kohya names of a LoRA file's layers. Reads no tensor but of a pickled file. UserError as `read_lora`, and for unknown names."""
+    path = Path(path)
+    keys = read_network_file(path).keys() if path.suffix in PICKLED else read_header(path).tensors.keys()
+    if is_diffusers(keys):
+        return kohya_layers(keys, str(path))
+    return set(group_by_layer(dict.fromkeys(keys), path))
+
+
+def check_lora_file(path: str | Path) -> list[str]:
+    """What is wrong with a LoRA file as far as its names tell, a sentence each: for preflights."""
+    try:
+        names_in_file(path)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def _is_whole(layer: Mapping[str, Tensor]) -> bool:
+    if "alpha" in layer and layer["alpha"].numel() != 1:
+        return False
+    if "lora_down.weight" not in layer:
+        return "lora_up.weight" not in layer
+    up = layer.get("lora_up.weight")
+    return up is not None and fit(layer["lora_down.weight"], up, layer.get("alpha"))
