@@ -65,13 +65,19 @@ class LycorisLayer(NetworkLayer):
         return out + change.to(out.dtype)
 
     def file_tensors(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        with self._holding(values or {}):
-            if self.inner.name == "full":
-                tensors = {"diff": self.inner.weight}
-                return tensors if self.inner.bias is None else tensors | {"diff_b": self.inner.bias}
-            if self.inner.name in ROTATIONS:
-                return {"oft_blocks": self.inner.oft_blocks, "alpha": self.inner.alpha.float()}
-            return self.inner.custom_state_dict()
+        if not values:
+            return self._own_tensors()
+        with self._holding(values):
+            # detached: a parameter itself would hold its own value again when the block is left
+            return {suffix: tensor.detach() for suffix, tensor in self._own_tensors().items()}
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        if self.inner.name == "full":
+            tensors = {"diff": self.inner.weight}
+            return tensors if self.inner.bias is None else tensors | {"diff_b": self.inner.bias}
+        if self.inner.name in ROTATIONS:
+            return {"oft_blocks": self.inner.oft_blocks, "alpha": self.inner.alpha.float()}
+        return self.inner.custom_state_dict()
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
         return None

@@ -170,6 +170,22 @@ def test_resumed_training_equals_unbroken_training(case: str):
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_of_averages_holds_averages_alone(case: str):
+    """An EMA's weights are given in place of the live ones: what is saved is what a network with them would save."""
+    _, network = made(case)
+    live = network.state_dict_for_saving()
+    averages = {name: parameter.detach() + 0.1 for name, parameter in network.named_parameters()}
+    saved = network.state_dict_for_saving(None, averages)
+    assert all(torch.equal(live[key], value) for key, value in network.state_dict_for_saving().items())
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(averages[name])
+    wanted = network.state_dict_for_saving()
+    assert saved.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(saved[key], wanted[key])] == []
+
+
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_works_on_a_bfloat16_model(case: str):
     model = small_mmdit()
