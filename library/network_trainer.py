@@ -20,13 +20,21 @@ import torch
 from torch import Tensor
 
 from library.data.examples import bucket_examples
-from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache, LatentCacheSettings
+from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache
 from library.data.loader import Batch, Loader, LoaderSettings
-from library.data.text_cache import TextCache, TextCacheSettings
+from library.data.text_cache import TextCache
 from library.model_family import ModelFamily
 from library.options.errors import UserError
+from library.run_caches import (
+    encoder_roles,
+    fill_latents,
+    fill_texts,
+    latent_cache_settings,
+    text_cache_settings,
+    texts_of_prompts,
+)
 from library.run_events import RunEvents
-from library.run_plan import path_or_none, plan_run
+from library.run_plan import plan_run
 from library.run_settings import (
     base_weight_files,
     flow_settings,
@@ -54,7 +62,6 @@ from networks.network_modules import network_module
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
 
 
 class NetworkTrainer(ModelFamily):
@@ -164,53 +171,49 @@ class NetworkTrainer(ModelFamily):
         self.texts, self.validation_texts = None, None
         self.base_weights = BaseWeights(base_weight_files(args))
         self.text_stage = self.make_text_stage()
-        present = self.text_stage.present
         trains = dict(zip(self.encoder_names(), plan.rates.trained_text_encoders))
-        self.trained_encoders = [name for name in present if trains[name]]
-        self.live_encoders = self.trained_encoders if args.cache_text_encoder_outputs else present
-        ahead = [name for name in present if name not in self.live_encoders]
-        untrained = [name for name in present if name not in self.trained_encoders]
-        prompts = list(dict.fromkeys(text for p in plan.prompts for text in (p.prompt, p.negative_prompt)))
-        if ahead:
-            settings = TextCacheSettings(
-                fingerprint=self.text_stage.fingerprint(ahead),
-                variants=args.text_cache_variants,
-                seed=plan.seed,
-                on_disk=args.cache_text_encoder_outputs_to_disk,
-                cache_dir=path_or_none(args.cache_dir),
-                trust=args.skip_cache_check,
-                bytes_each=self.bytes_of_text(),
+        roles = encoder_roles(self.text_stage.present, trains, args.cache_text_encoder_outputs)
+        self.trained_encoders, self.live_encoders = roles.trained, roles.live
+        prompts = texts_of_prompts(plan.prompts)
+        size = args.text_encoder_batch_size or 1
+
+        def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
+            return self.text_stage.encode_ahead(
+                texts, roles.ahead, size, lambda batches: self._progress(batches, "Encoding captions")
             )
-            self.texts = self._fill_texts(TextCache(plan.index.training, settings, prompts), ahead)
-            self.validation_texts = self._fill_texts(
-                TextCache(plan.index.validation, replace(settings, variants=None)), ahead
-            )
+
+        if roles.ahead:
+            fingerprint = self.text_stage.fingerprint(roles.ahead)
+            settings = text_cache_settings(args, fingerprint, plan.seed, self.bytes_of_text())
+            training = TextCache(plan.index.training, settings, prompts)
+            validation = TextCache(plan.index.validation, replace(settings, variants=None))
+            self.texts = fill_texts(training, encode, self.accelerator)
+            self.validation_texts = fill_texts(validation, encode, self.accelerator)
             self.prompt_rows = {text: self.texts.of_text(text) for text in prompts}
         else:
-            rows = (
-                self.text_stage.encode_ahead(prompts, untrained, args.text_encoder_batch_size or 1) if prompts else []
-            )
+            rows = self.text_stage.encode_ahead(prompts, roles.untrained, size) if prompts else []
             self.prompt_rows = dict(zip(prompts, rows))
 
     def cache_latents(self) -> None:
         """Encode images ahead where that is wanted; the VAE stays only for live encoding and previews."""
-        args, plan = self.args, self.plan
+        args, index = self.args, self.plan.index
         self.latents, self.validation_latents = None, None
         self.vae: Any = None
-        if args.cache_latents:
-            settings = LatentCacheSettings(
-                fingerprint=self.vae_fingerprint(),
-                on_disk=args.cache_latents_to_disk,
-                cache_dir=path_or_none(args.cache_dir),
-                trust=args.skip_cache_check,
-                skip_bad_images=args.skip_bad_images,
-            )
-            self.latents = self._fill_latents(LatentCache(plan.index.training, settings))
-            self.validation_latents = self._fill_latents(LatentCache(plan.index.validation, settings))
-            if self.vae is not None and not args.sample_prompts:
-                self.vae = None
-        elif self.vae is None:
+        if not args.cache_latents:
             self.vae = self.load_vae()
+            return
+
+        def encode(images: Tensor, noise: Tensor) -> Tensor:
+            if self.vae is None:
+                self.vae = self.load_vae()
+            return self.encode_images(images.to(self.device), noise.to(self.device))
+
+        settings = latent_cache_settings(args, self.vae_fingerprint())
+        given = (encode, args.vae_batch_size, self._progress, self.accelerator)
+        self.latents = fill_latents(LatentCache(index.training, settings), *given)
+        self.validation_latents = fill_latents(LatentCache(index.validation, settings), *given)
+        if not args.sample_prompts:
+            self.vae = None
 
     def load_denoiser(self) -> None:
         """The frozen denoiser, with --base_weights merged, on its device with the memory savers that were asked for."""
@@ -361,42 +364,6 @@ class NetworkTrainer(ModelFamily):
         return told_clearly(what, self.device, memory_advice(self.args))
 
     # --- inside ----------------------------------------------------------------------------------------------------
-
-    def _fill_texts(self, cache: TextCache, names: Sequence[str]) -> TextCache:
-        size = self.args.text_encoder_batch_size or 1
-
-        def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
-            return self.text_stage.encode_ahead(texts, names, size, lambda b: self._progress(b, "Encoding captions"))
-
-        for share in self._shares(cache):
-            if share or cache.missing_further():
-                cache.fill(share, encode, TEXTS_AT_ONCE)
-        return cache
-
-    def _fill_latents(self, cache: LatentCache) -> LatentCache:
-        def encode(images: Tensor, noise: Tensor) -> Tensor:
-            return self.encode_images(images.to(self.device), noise.to(self.device))
-
-        for share in self._shares(cache):
-            if share:
-                if self.vae is None:
-                    self.vae = self.load_vae()
-                cache.fill(share, encode, self.args.vae_batch_size, self._progress)
-        return cache
-
-    def _shares(self, cache: TextCache | LatentCache) -> Iterator[list[Any]]:
-        """What this process has to make of a cache: its share, then what is still missing (the machines may share no disk)."""
-        missing: list[Any] = cache.missing()
-        problems = cache.check(missing)
-        if problems:
-            raise UserError(problems)
-        processes = self.accelerator.num_processes
-        self.accelerator.wait_for_everyone()  # nobody writes before all have looked: the shares are of one list
-        yield cache.share(missing, self.accelerator.process_index, processes)
-        self.accelerator.wait_for_everyone()
-        if processes > 1:
-            yield cache.missing()
-            self.accelerator.wait_for_everyone()
 
     def _progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
         """A progress bar on the main process."""

@@ -28,6 +28,7 @@ from library.run_settings import (
     RunLength,
     flow_settings,
     loss_settings,
+    path_or_none,
     run_length,
     scheduler_settings,
     start_problems,
@@ -206,10 +207,6 @@ def output_problems(folder: Path) -> list[str]:
     if free < ROOM_WANTED:
         return [f"--output_dir {folder}: {free >> 20} MiB are free on that disk, {ROOM_WANTED >> 20} MiB are wanted."]
     return []
-
-
-def path_or_none(text: str | None) -> Path | None:
-    return Path(text) if text else None
 
 
 def _plan(

@@ -16,6 +16,10 @@ from library.training.state import Position
 from library.training.tracking import TrackingSettings, chosen_trackers, log_folder
 
 
+def path_or_none(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
 def flow_settings(args: argparse.Namespace) -> FlowSettings:
     return FlowSettings(
         weighting_scheme=args.weighting_scheme,
