@@ -84,7 +84,7 @@ class RunReport:
             max_steps=length.max_steps,
             epochs=length.epochs,
             about=[
-                f"Stable Diffusion 3 {family.kind}",
+                family.title,
                 f"{family.base_file.name}",
                 f"{args.network_module}, {parameters:,} parameters",
                 trainer.optimizer.name_for_metadata,

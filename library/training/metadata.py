@@ -57,6 +57,12 @@ class FamilyFacts:
     vae_file: Path | None  # only where it was given apart from the base
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The model's name for people: "Stable Diffusion 3.5 Medium"."""
+        version, _, size = self.kind.rpartition("-")
+        return f"Stable Diffusion 3{'.' if version else ''}{version} {size.capitalize()}"
+
 
 @dataclass(frozen=True)
 class RunFacts:

@@ -117,6 +117,18 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from low to high; where that is not even two, twos and fives as well, or all digits."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1,), (1, 2, 5), range(1, 10)):
+        ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) > 1:
+            return ticks
+    return ticks or [low, high]
+
+
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
@@ -140,11 +152,7 @@ class _Scale:
 
 
 def _grid(scale: _Scale, chart: Chart) -> str:
-    if chart.log:
-        exponents = range(math.ceil(math.log10(scale.low)), math.floor(math.log10(scale.high)) + 1)
-        ticks = [10.0**exponent for exponent in exponents] or [scale.low, scale.high]
-    else:
-        ticks = nice_ticks(scale.low, scale.high)
+    ticks = log_ticks(scale.low, scale.high) if chart.log else nice_ticks(scale.low, scale.high)
     lines = [_grid_line(scale.y(tick), _tick(tick)) for tick in ticks]
     for tick in nice_ticks(scale.low_x, scale.high_x):
         if tick == int(tick):
@@ -190,8 +198,8 @@ def _short(value: float) -> str:
 
 
 def _tick(value: float) -> str:
-    """A label of few signs: 2.5e-4 rather than 0.00025."""
-    if 0 < abs(value) < 0.001:
+    """A label of few signs, for which there is room: 1.5e-3 rather than 0.0015."""
+    if 0 < abs(value) < 0.01:
         number, _, exponent = f"{value:.3e}".partition("e")
         return f"{float(number):g}e{int(exponent)}"
     return f"{value:.4g}"

@@ -69,7 +69,12 @@ def test_the_metrics_file_has_steps_epochs_validation_and_previews(trained: Path
 def test_the_report_shows_the_run_and_no_secret(trained: Path) -> None:
     text = (trained / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert "finished" in page.text and "4 / 4" in page.text and "a dog" in page.text and "5-medium" in page.text
+    assert (
+        "finished" in page.text
+        and "4 / 4" in page.text
+        and "a dog" in page.text
+        and "Stable Diffusion 3.5 Medium" in page.text
+    )
     assert "64x64" in page.text and page.count["img"] >= 6 + 6  # previews and images
     assert SECRET not in text
 

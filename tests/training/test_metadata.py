@@ -39,6 +39,18 @@ def dataset(*records: ImageRecord, subsets: tuple[SubsetSettings, ...]) -> Index
 
 
 @pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        ("medium", "Stable Diffusion 3 Medium"),
+        ("5-medium", "Stable Diffusion 3.5 Medium"),
+        ("5-large", "Stable Diffusion 3.5 Large"),
+    ],
+)
+def test_models_have_their_names_for_people(kind: str, title: str) -> None:
+    assert FamilyFacts(kind, Path("base"), None).title == title
+
+
+@pytest.mark.parametrize(
     ("kind", "architecture"),
     [
         ("medium", "stable-diffusion-3-medium/lora"),

@@ -20,7 +20,16 @@ from library.options.errors import UserError
 from library.training.contact_sheet import PreviewRecord
 from library.training.metrics_file import Curves
 from library.training.report import DatasetSection, RunDescription, RunState, render
-from library.training.report_charts import MOST_POINTS, Chart, Line, line_chart, nice_ticks, smoothed, thinned
+from library.training.report_charts import (
+    MOST_POINTS,
+    Chart,
+    Line,
+    line_chart,
+    log_ticks,
+    nice_ticks,
+    smoothed,
+    thinned,
+)
 from library.training.report_pictures import PictureBox
 from library.training.report_writer import ReportWriter
 
@@ -164,6 +173,27 @@ def test_the_smoothed_line_is_right_from_its_start() -> None:
 )
 def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
     assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.005, 7, [0.01, 0.1, 1]),
+        (0.06, 0.4, [0.1, 0.2]),
+        (0.15, 0.35, [0.2, 0.3]),
+        (0.21, 0.29, [0.21, 0.29]),
+    ],
+)
+def test_logarithmic_ticks_are_round_numbers_and_at_least_two(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_labels_of_the_axis_have_room() -> None:
+    """Seven signs are wider than the margin of a phone."""
+    rates = [2e-3 * step / 100 for step in range(101)]
+    drawn = line_chart(Chart("Learning rate", [Line("unet", list(range(101)), rates)]))
+    labels = re.findall(r'text-anchor="end">([^<]*)<', drawn)
+    assert labels == ["0", "5e-4", "1e-3", "1.5e-3", "2e-3"]
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
