@@ -275,18 +275,22 @@ document.title = JSON.stringify({
   paths: [...document.querySelectorAll("svg path")].filter((path) => path.getTotalLength() > 20).length,
   width: document.documentElement.scrollWidth,
   seen: innerWidth,
+  text: getComputedStyle(document.body).color,
+  page: getComputedStyle(document.body).backgroundColor,
 });
 </script></body>
 """
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
-@pytest.mark.parametrize("size", ["1200,900", "500,900"])
-def test_a_browser_draws_it_without_an_error(tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize(("size", "scheme"), [("1200,900", "light"), ("500,900", "dark")])
+def test_a_browser_draws_it_without_an_error(tmp_path: Path, size: str, scheme: str) -> None:
+    """On a wide screen and a narrow one, in the light and in the dark."""
     assert BROWSER is not None
     path = tmp_path / "report.html"
     path.write_text(render(description(), state(tmp_path)).replace("</body>", PROBE), encoding="utf-8")
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={size}"]
+    words += ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
     done = subprocess.run([BROWSER, *words], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -296,3 +300,5 @@ def test_a_browser_draws_it_without_an_error(tmp_path: Path, size: str) -> None:
     assert seen["told"].startswith("step ") and "smoothed" in seen["told"] and seen["open"] is True
     assert seen["paths"] >= 8
     assert seen["width"] <= seen["seen"]  # no sideways scrolling of the page
+    text, page = (sum(map(int, re.findall(r"\d+", seen[part])[:3])) / 3 for part in ("text", "page"))
+    assert (text > 200 and page < 60) if scheme == "dark" else (text < 60 and page > 200)
