@@ -68,6 +68,10 @@ class ModelFamily(ABC):
     def normalise_latents(self, raw: Tensor) -> Tensor: ...
 
     @abstractmethod
+    @abstractmethod
+    def plan_memory(self) -> str:
+        """Choose the memory options that are left to the trainer, and say which and why; "" where none are."""
+
     def make_denoiser(self) -> nn.Module: ...
 
     @abstractmethod

@@ -103,6 +103,7 @@ class NetworkTrainer(ModelFamily):
     # --- the steps -------------------------------------------------------------------------------------------------
 
     def start_processes(self) -> None:
+        self.memory = self.plan_memory()
         """Find the device and the other processes; choose the number formats."""
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
@@ -166,6 +167,8 @@ class NetworkTrainer(ModelFamily):
                     print(f"{kind}: {path}")
 
     def cache_texts(self) -> None:
+        if self.memory:
+            print(f"\n{self.memory}")
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
         args, plan = self.args, self.plan
         self.texts, self.validation_texts = None, None

@@ -114,6 +114,7 @@ def start_problems(args: argparse.Namespace, length: RunLength) -> list[str]:
 def memory_advice(args: argparse.Namespace) -> list[str]:
     """Options that the run does not use yet and that lower its peak, in order of what they cost."""
     steps = [
+        (args.memory_plan is None, "--memory_plan auto (chooses among the options below what fits)"),
         (
             not args.cache_text_encoder_outputs and args.network_train_unet_only,
             "--cache_text_encoder_outputs (frees the text encoders)",

@@ -6,8 +6,10 @@ It stands beside the entry script, not in it, so that `--help` and option errors
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -23,6 +25,7 @@ from library.memory.compile_backend import backend_problems
 from library.memory.quantize import quantise
 from library.network_trainer import NetworkTrainer
 from library.run_settings import checkpoint_settings
+from library.run_memory import apply_plan, plan_memory, room, wants_plan
 from library.saved_encoders import encoders_to_save, write_encoders
 from library.sd3.checkpoint import ModelFiles, fingerprint, locate_parts
 from library.sd3.conditioning import (
@@ -115,8 +118,6 @@ class Sd3NetworkTrainer(NetworkTrainer):
         """What --t5xxl_device, --torch_compile and --blocks_to_swap ask for and this machine or build lacks."""
         args = self.args
         problems = backend_problems(args.dynamo_backend) if args.torch_compile else []
-        if args.blocks_to_swap == "auto":
-            problems.append("--blocks_to_swap auto can't be used in this version; give a number.")
         try:
             place = torch.device(args.t5xxl_device or "cpu")
             torch.empty(1, device=place).tolist()
@@ -241,6 +242,21 @@ class Sd3NetworkTrainer(NetworkTrainer):
     # --- the denoiser ----------------------------------------------------------------------------------------------
 
     def make_denoiser(self) -> MMDiT:
+    def plan_memory(self) -> str:
+        args = self.args
+        if not wants_plan(args):
+            return ""
+        free = room(args, self.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        everyone = self.gather([free])  # all processes are to choose the same
+        free = replace(
+            free, device=min(each.device for each in everyone), host=min(each.host for each in everyone)
+        )
+        chosen = plan_memory(args, self.plan, self.device, self.precision, self.accelerator.num_processes, free)
+        apply_plan(args, chosen)
+        if not args.dry_run and self.accelerator.is_main_process:
+            logger.info("%s", chosen.text())
+        return chosen.text()
+
         args = self.args
         mmap = not args.disable_mmap_load_safetensors
         swapped = bool(args.blocks_to_swap)  # those blocks stay in host memory

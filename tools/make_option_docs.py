@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from library.files import write_text  # noqa: E402
-from library.options.not_yet import NOT_YET  # noqa: E402
 from library.options.option import METAVARS, Group, Kind, Option  # noqa: E402
 from library.options.table import GROUPS, OPTIONS  # noqa: E402
 from tools.option_help_ja import HELP, TITLES  # noqa: E402
@@ -29,7 +28,6 @@ class Language:
     title: str
     introduction: str
     header: str
-    not_yet: str
     japanese: bool = False
 
     def group_title(self, group: Group) -> str:
@@ -44,24 +42,21 @@ class Language:
 ENGLISH = Language(
     "docs/options.md",
     "Options",
-    "Every option of `sd3_train_network.py`: {total} in all, {works} of which work. {not_yet} more are "
-    "marked as not in this version yet: using one is an error. The rest are named at the end: {no_effect} have no meaning here "
-    "and are accepted with a warning, {refused} are refused. Options can also stand in a TOML file "
+    "Every option of `sd3_train_network.py`: {total} in all, {works} of which work. The rest are "
+    "named at the end: {no_effect} have no meaning here and are accepted with a warning, {refused} are refused. Options can also stand in a TOML file "
     "(`--config_file`), under the same names without dashes; the command line wins. A switch takes no value, but "
     "`--switch=false` turns off one that the file turns on.\n\n"
     "This page is made by `tools/make_option_docs.py` from the same tables that the program reads.",
     "| Option | Value | Default | What it does |",
-    "Not in this version yet.",
 )
 JAPANESE = Language(
     "docs/ja/options.md",
     "オプション一覧",
-    "`sd3_train_network.py`の全オプションです(全{total}個、うち{works}個が有効)。{not_yet}個はこの版ではまだ使えず、指定するとエラーになります。残りは末尾にまとめました。{no_effect}個はここでは意味がなく、警告を出して"
+    "`sd3_train_network.py`の全オプションです(全{total}個、うち{works}個が有効)。残りは末尾にまとめました。{no_effect}個はここでは意味がなく、警告を出して"
     "受け付けます。{refused}個は拒否します。TOMLファイル(`--config_file`)にも、ダッシュを除いた同じ名前で書けます。コマンドラインが優先されます。"
     "スイッチは値を取りませんが、ファイルで有効にしたものを`--switch=false`で無効にできます。\n\n"
     "このページは、プログラムが読むものと同じ表から`tools/make_option_docs.py`が作ります。",
     "| オプション | 値 | 既定値 | 説明 |",
-    "この版ではまだ使えません。",
     japanese=True,
 )
 
@@ -75,8 +70,7 @@ def page(language: Language) -> str:
     count = {kind: sum(option.kind is kind for option in OPTIONS) for kind in Kind}
     introduction = language.introduction.format(
         total=len(OPTIONS),
-        works=count[Kind.WORKS] - len(NOT_YET),
-        not_yet=len(NOT_YET),
+        works=count[Kind.WORKS],
         no_effect=count[Kind.NO_EFFECT],
         refused=count[Kind.REFUSED],
     )
@@ -111,8 +105,6 @@ def pages() -> dict[Path, str]:
 
 def _row(option: Option, language: Language) -> str:
     text = language.help(option)
-    if option.name in NOT_YET:
-        text += f" {language.not_yet}" if not language.japanese else language.not_yet
     cells = [f"`{option.flag}`", _value(option), _default(option), text]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 
 from library.options.limits import limit_problems
-from library.options.not_yet import NOT_YET
 from library.options.option import Kind
 from library.options.table import BY_NAME, OPTIONS
 
@@ -77,7 +76,6 @@ def check_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     problems = [
         *_required(args),
         *_refused(args),
-        *_not_yet(args),
         *_needs(args),
         *_excludes(args),
         *_precision(args),
@@ -99,11 +97,6 @@ def _required(args: argparse.Namespace) -> list[str]:
 def _refused(args: argparse.Namespace) -> list[str]:
     refused = [option for option in OPTIONS if option.kind is Kind.REFUSED and is_given(args, option.dest)]
     return [f"{option.flag} is refused: {option.reason}." for option in refused]
-
-
-def _not_yet(args: argparse.Namespace) -> list[str]:
-    used = [(dest, reason) for dest, reason in NOT_YET.items() if is_given(args, dest)]
-    return [f"--{dest} can't be used in this version: {reason}." for dest, reason in used]
 
 
 def _without_effect(args: argparse.Namespace) -> list[str]:

@@ -22,13 +22,13 @@ def shapes_of(part: Part) -> dict[str, tuple[int, ...]]:
 
 def load_mmdit(part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool = True) -> MMDiT:
     """The frozen denoiser in `dtype` (None: as stored)."""
-    model = _empty_mmdit(part)
+    model = empty_mmdit(part)
     return _filled(model, part, device, dtype, mmap)
 
 
 def load_vae(part: Part, device: torch.device | str, dtype: torch.dtype | None, mmap: bool = True) -> Vae:
     """The frozen autoencoder in `dtype` (None: as stored)."""
-    model = _empty_vae(part)
+    model = empty_vae(part)
     return _filled(model, part, device, dtype, mmap)
 
 
@@ -52,12 +52,12 @@ def check_against(model: nn.Module, part: Part) -> list[str]:
 
 def mmdit_problems(part: Part) -> list[str]:
     """What keeps a part from being loaded as a denoiser, from its header."""
-    return _problems(_empty_mmdit, part)
+    return _problems(empty_mmdit, part)
 
 
 def vae_problems(part: Part) -> list[str]:
     """What keeps a part from being loaded as a VAE, from its header."""
-    return _problems(_empty_vae, part)
+    return _problems(empty_vae, part)
 
 
 def _problems(empty: Callable[[Part], nn.Module], part: Part) -> list[str]:
@@ -67,7 +67,7 @@ def _problems(empty: Callable[[Part], nn.Module], part: Part) -> list[str]:
         return error.problems
 
 
-def _empty_mmdit(part: Part) -> MMDiT:
+def empty_mmdit(part: Part) -> MMDiT:
     """The model on the meta device. UserError where the shapes tell of sizes that no MMDiT has."""
     config = MMDiTConfig.from_shapes(shapes_of(part))
     _raise_if(config.problems(shapes_of(part)), part)
@@ -75,7 +75,7 @@ def _empty_mmdit(part: Part) -> MMDiT:
         return MMDiT(config)
 
 
-def _empty_vae(part: Part) -> Vae:
+def empty_vae(part: Part) -> Vae:
     """The model on the meta device. UserError where the shapes tell of sizes that no VAE has."""
     config = VaeConfig.from_shapes(shapes_of(part))
     _raise_if(config.problems(), part)

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from library.memory.block_swap import spread_blocks, swap_limit
-from library.training.step_memory import BlockCost, PassCost
+from library.training.step_memory import BlockCost, BlockWork, PassCost
 
+EVERY = 10**6  # more blocks than any model has
 PRODUCT_RATE = 60e12  # operations a second that a good card reaches in bfloat16
 COPY_RATE = 12e9  # bytes a second from pinned host memory
 SLOTS = 2  # device buffers of block swap
@@ -54,14 +55,6 @@ class ModelBytes:
     blocks: tuple[int, ...]  # weights of each block
     rest: int  # all other weights
     passes: Mapping[str, PassCost]  # by policy
-
-
-@dataclass(frozen=True)
-class BlockWork:
-    """Operations of one block's forward."""
-
-    products: float
-    attention: float
 
 
 @dataclass(frozen=True)

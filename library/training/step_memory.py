@@ -34,6 +34,10 @@ class StepShape:
     height: int  # pixels
     width: int
     context_tokens: int
+    trains_text: bool = False  # gradients go on into the text encoders
+
+    def __str__(self) -> str:
+        return f"batches of {self.batch} at {self.width}x{self.height}"
 
     @property
     def streams(self) -> int:
@@ -52,6 +56,14 @@ class BlockCost:
 
 
 @dataclass(frozen=True)
+class BlockWork:
+    """Operations of one block's forward."""
+
+    products: float
+    attention: float
+
+
+@dataclass(frozen=True)
 class PassCost:
     """Bytes of forward and backward under one policy, beside weights."""
 
@@ -60,10 +72,10 @@ class PassCost:
     head: int  # the final layer and the loss, at most
 
 
-def block_kinds(model: MMDiT, network: nn.Module) -> list[tuple[Any, ...]]:
+def block_kinds(model: MMDiT, network: nn.Module, trains_text: bool) -> list[tuple[Any, ...]]:
     """For each block what decides its cost: its tensors, its LoRA, and whether a gradient has to pass through it."""
     trained = lora_shapes(network, len(model.joint_blocks))
-    first = next((index for index, shapes in enumerate(trained) if shapes), len(trained))
+    first = next((index for index, shapes in enumerate(trained) if shapes or trains_text), len(trained))
     kinds = []
     for index, block in enumerate(model.joint_blocks):
         shapes = tuple(tuple(tensor.shape) for tensor in block.parameters())
@@ -93,7 +105,7 @@ def measure_pass(model: MMDiT, network: nn.Module, policy: str, shape: StepShape
 
     device_type: "cuda" or "cpu", whose attention is meant.
     """
-    kinds = block_kinds(model, network)
+    kinds = block_kinds(model, network, shape.trains_text)
     chosen = {kinds.index(kind) for kind in set(kinds)}
     settings = POLICIES[policy]
     run = _with_attention_of(device_type)
@@ -146,7 +158,12 @@ def _inputs(model: MMDiT, shape: StepShape) -> tuple[Tensor, ...]:
     return (
         torch.empty(size, device=META),
         torch.empty(shape.batch, device=META),
-        torch.empty(shape.batch, shape.context_tokens, config.context_size, device=META, dtype=model.dtype),
+        torch.empty(
+            (shape.batch, shape.context_tokens, config.context_size),
+            device=META,
+            dtype=model.dtype,
+            requires_grad=shape.trains_text,
+        ),
         torch.empty(shape.batch, config.pooled_size, device=META, dtype=model.dtype),
     )
 
@@ -196,12 +213,12 @@ class _Log:
         starts = {index: live for index, live, _ in self.began}
         for index in sorted(self.forward, reverse=True):
             above, kept = self.forward[index]
-            carried = backward = 0
             if index in starts:
                 carried = max(0, starts[index] - (self.after_blocks + later))
-                backward = ends[index] - starts[index]
-            found[index] = BlockCost(above, kept, carried, backward)
-            later += gradients[index] - kept
+                found[index] = BlockCost(above, kept, carried, ends[index] - starts[index])
+                later += gradients[index] - kept
+            else:  # nothing is trained below it: its output takes the place of its input
+                found[index] = BlockCost(above, 0, 0, 0)
         return found
 
 
@@ -246,6 +263,35 @@ def measure_vae(vae: Vae, method: str, shape: tuple[int, ...], device_type: str)
     with FusedAttention(device_type), torch.no_grad(), tracker:
         cast(Any, getattr(vae, method))(torch.empty(shape, device=META))
     return tracker.peak - start
+
+
+def measure_encoder(encoder: nn.Module, batch: int, tokens: int, device_type: str, trained: bool) -> int:
+    """The most bytes that a text encoder takes beside weights; of a trained one most of it stays for its backward."""
+    tracker = StorageTracker()
+    tracker.watch([*encoder.parameters(), *encoder.buffers()])
+    start = tracker.live
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=META)
+    with FusedAttention(device_type), torch.set_grad_enabled(trained), tracker:
+        kept = encoder(input_ids=ids, output_hidden_states=True)
+    del kept
+    return tracker.peak - start
+
+
+def block_work(model: MMDiT, shape: StepShape) -> list[BlockWork]:
+    """Operations of each block's forward: two for each product of a weight and a token, four for each pair and channel."""
+    image, text = shape.streams - shape.batch * shape.context_tokens, shape.batch * shape.context_tokens
+    width, found = model.config.hidden_size, []
+    for block in cast(Sequence[JointBlock], model.joint_blocks):
+        halves = ((block.x_block, image), (block.context_block, text))
+        products = sum(
+            2.0 * layer.in_features * layer.out_features * (shape.batch if "adaLN" in path else tokens)
+            for half, tokens in halves
+            for path, layer in half.named_modules()
+            if isinstance(layer, nn.Linear)
+        )
+        pairs = (image + text) ** 2 + (image**2 if block.x_block.attn2 is not None else 0)
+        found.append(BlockWork(products, 4.0 * pairs * width / shape.batch))
+    return found
 
 
 def weight_bytes(module: nn.Module) -> int:

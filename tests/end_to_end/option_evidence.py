@@ -191,6 +191,10 @@ ELSEWHERE = {
     "vae_batch_size": f"{HERE}::test_encoders_get_as_many_at_once_as_asked",
     "text_encoder_batch_size": f"{HERE}::test_encoders_get_as_many_at_once_as_asked",
     "lowram": f"{HERE}::test_lowram_reads_the_denoiser_onto_its_device",
+    **dict.fromkeys(
+        ("memory_plan", "vram"),
+        "tests/end_to_end/test_memory_plan.py::test_the_released_models_train_at_1024_on_small_cards",
+    ),
     "blocks_to_swap": f"{HERE}::test_blocks_to_swap_changes_where_blocks_are_and_no_loss",
     "network_train_text_encoder_only": f"{TEXT}::test_text_encoders_alone_are_trained_through_the_frozen_denoiser",
     "network_weights": f"{TEXT}::test_network_weights_of_another_shape_are_named",
@@ -228,5 +232,13 @@ ELSEWHERE = {
     "async_upload": f"{HERE}::test_hub_options_reach_the_uploader",
     "resume_from_huggingface": HUB,
     "log_with": f"{HERE}::test_a_tracker_is_the_one_that_is_asked_for",
+    **{
+        name: f"tests/end_to_end/test_sharing.py::test_{test}"
+        for name, test in {
+            "deepspeed": "zero_2_goes_on_from_a_state_of_fsdp2_to_the_same_weights",
+            "zero_stage": "zero_3_in_host_memory_trains_the_same_weights",
+            "offload_param_device": "zero_3_in_host_memory_trains_the_same_weights",
+        }.items()
+    },
     "wandb_api_key": "tests/training/test_tracking.py::test_wandb_gets_values_offline_and_never_the_key",
 }

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from library.options.not_yet import NOT_YET
 from library.options.option import Kind, Option
 from library.options.resolve import resolve_options
 from library.options.table import BY_NAME, OPTIONS
@@ -37,7 +36,7 @@ from tests.end_to_end.option_evidence import ELSEWHERE, IN_METADATA, PEEK, PLANN
 from tests.end_to_end.runs import UNET, Run, dataset_file, image_folder, train
 from tests.sd3.tiny import tiny_model_folder
 
-WORKING = sorted({option.name for option in OPTIONS if option.kind is Kind.WORKS} - set(NOT_YET))
+WORKING = sorted(option.name for option in OPTIONS if option.kind is Kind.WORKS)
 TIME = re.compile(r"\d{14}|\d+\.\d+\.\S+\.v2|tfevents.*")
 
 
@@ -82,7 +81,7 @@ def test_every_option_is_read_by_the_program():
     found: set[str] = set()
     files = [path for path in (ROOT / "library").rglob("*.py") if path.name != "run_options.py"]
     for path in [*files, ROOT / "sd3_train_network.py"]:
-        if path.parent.name == "groups" or path.name in ("checks.py", "limits.py", "not_yet.py", "run_report.py"):
+        if path.parent.name == "groups" or path.name in ("checks.py", "limits.py", "run_report.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
@@ -393,11 +392,3 @@ def test_an_option_without_effect_is_told_once_and_changes_nothing(
 def test_a_refused_option_stops_the_command_with_its_reason(workshop: Workshop, tmp_path: Path, capsys, option: Option):
     assert main(workshop.arguments(tmp_path, option.flag, *value_of(option))) == 2
     assert f"{option.flag} is refused: {option.reason}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_an_option_of_a_later_version_stops_the_command(workshop: Workshop, tmp_path: Path, capsys, name: str):
-    option = BY_NAME[name]
-    value = ["0"] if name == "zero_stage" else ["both"] if name == "save_format" else value_of(option)
-    assert main(workshop.arguments(tmp_path, option.flag, *value)) == 2
-    assert NOT_YET[name] in capsys.readouterr().err

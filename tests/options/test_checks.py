@@ -7,7 +7,6 @@ import pytest
 from library.options.checks import EXCLUDES, NEEDS, REQUIRED, USELESS_WITH, USELESS_WITHOUT, check_options
 from library.options.limits import LIMITS, Limit
 from library.options.normalise import EVERY, normalise_options
-from library.options.not_yet import NOT_YET
 from library.options.option import Kind, Option, finite, int_or_auto
 from library.options.parser import parse_arguments
 from library.options.resolve import ResolvedOptions, resolve_options
@@ -64,12 +63,6 @@ def test_an_option_without_effect_warns_once_and_a_refused_one_is_a_problem(opti
     options = resolve_options([*WHOLE, *example(option.name)])
     told = [f"{option.flag} {'is refused' if option.kind is Kind.REFUSED else 'changes nothing'}: {option.reason}."]
     assert (options.problems, options.warnings) == ((told, []) if option.kind is Kind.REFUSED else ([], told))
-
-
-@pytest.mark.parametrize("dest", NOT_YET)
-def test_an_option_that_is_not_there_yet_is_a_problem_when_used(dest: str) -> None:
-    problems = resolve_options([*WHOLE, *example(dest)]).problems
-    assert f"--{dest} can't be used in this version: {NOT_YET[dest]}." in problems
 
 
 @pytest.mark.parametrize("dest", NEEDS)
