@@ -86,6 +86,11 @@ class BlockSwapper:
             Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(self.order)))
         ]
         self.copy_stream = torch.cuda.Stream(device) if self.streams else None
+        if self.copy_stream is not None:
+            # The buffers' memory may have been another tensor's, and will be: torch's allocator knows one stream by itself.
+            self.copy_stream.wait_stream(torch.cuda.current_stream(device))
+            for slot in self.slots:
+                slot.buffer.record_stream(self.copy_stream)
         self.copies = 0
 
     @property

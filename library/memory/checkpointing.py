@@ -99,11 +99,11 @@ class ActivationOffloader:
             return kept
         tensor = kept.returned if kept.returned is not None else self._fetch(kept)
         kept.returned = None
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if kept.arrived is not None:  # for this copy alone: those fetched ahead arrive during the computation
+            torch.cuda.current_stream(self.device).wait_event(kept.arrived)
             tensor.record_stream(torch.cuda.current_stream(self.device))
         self._give_back(kept)
-        for ahead in self.kept.get(kept.index - 1, []):
+        for ahead in [*self.kept[kept.index], *self.kept.get(kept.index - 1, [])]:
             if ahead.returned is None and ahead.host is not None:
                 ahead.returned = self._fetch(ahead)
         return tensor
@@ -113,7 +113,9 @@ class ActivationOffloader:
         if self.stream is None:
             return kept.host.clone()
         with torch.cuda.stream(self.stream):
-            return kept.host.to(self.device, non_blocking=True)
+            tensor = kept.host.to(self.device, non_blocking=True)
+        kept.arrived = self.stream.record_event()
+        return tensor
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         spare = self.spare.get((tensor.shape, tensor.dtype))
@@ -135,3 +137,4 @@ class Kept:
     index: int
     host: Tensor | None
     returned: Tensor | None = None  # the copy on the device, when it was fetched ahead
+    arrived: torch.cuda.Event | None = None  # on the copy stream, behind that copy
