@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from library.data.loader import Batch
 from library.data.settings import Size
+from library.memory.sharding import ShardedModel, ShardSettings
 from library.training.metadata import FamilyFacts
 from library.training.previews import Previewer
 from library.training.seeds import DrawGenerators
@@ -68,11 +69,15 @@ class ModelFamily(ABC):
     def normalise_latents(self, raw: Tensor) -> Tensor: ...
 
     @abstractmethod
-    @abstractmethod
     def plan_memory(self) -> str:
         """Choose the memory options that are left to the trainer, and say which and why; "" where none are."""
 
+    @abstractmethod
     def make_denoiser(self) -> nn.Module: ...
+
+    @abstractmethod
+    def shard(self, settings: ShardSettings, local_sizes: list[int]) -> ShardedModel:
+        """Share the denoiser's weights out over all processes. local_sizes: how many run on each one's machine."""
 
     @abstractmethod
     def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Any:

@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from library.data.examples import bucket_examples
 from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache
-from library.data.loader import Batch, Loader, LoaderSettings
+from library.data.loader import Batch, Loader, LoaderSettings, preserves
 from library.data.text_cache import TextCache
+from library.memory.sharding import ShardedModel
 from library.model_family import ModelFamily
 from library.options.errors import UserError
 from library.run_caches import (
@@ -43,6 +44,7 @@ from library.run_settings import (
     scheduler_settings,
     tracking_settings,
 )
+from library.run_sharing import Sharing, plain_launch, requested_sharing, sharing_problems, sharing_warnings
 from library.sd3.flow import validation_timesteps
 from library.training.dataset_sheets import PICTURES, write_dataset_sheets
 from library.training.ema import WeightEma
@@ -55,6 +57,7 @@ from library.training.precision import choose_precision
 from library.training.progress import progress_bar
 from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, seed_everything
+from library.training.shared_optimizer import build_shared_optimizer, can_be_shared
 from library.training.step import DenoisingStep, StepInput, StepResult
 from networks.arguments import arguments_of
 from networks.base_weights import BaseWeights
@@ -83,6 +86,7 @@ class NetworkTrainer(ModelFamily):
         with self.doing("the denoiser was loaded"):
             self.load_denoiser()
             self.create_network()
+            self.share_out_denoiser()
             self.create_optimizer()
         self.make_loaders()
         with self.doing("training"):
@@ -99,11 +103,11 @@ class NetworkTrainer(ModelFamily):
         except UserError as error:
             self.problems += error.problems
         self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
+        self.memory = self.plan_memory()
 
     # --- the steps -------------------------------------------------------------------------------------------------
 
     def start_processes(self) -> None:
-        self.memory = self.plan_memory()
         """Find the device and the other processes; choose the number formats."""
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
@@ -111,13 +115,19 @@ class NetworkTrainer(ModelFamily):
         args = self.args
         self.tracking = tracking_settings(args)
         wait = InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout)) if args.ddp_timeout else None
-        self.accelerator = Accelerator(
-            mixed_precision="no",  # models compute in their own dtype, without autocast
-            log_with=list(self.tracking.names) or None,
-            project_dir=self.tracking.folder,
-            kwargs_handlers=[wait] if wait else None,
-        )
+        with plain_launch():
+            self.accelerator = Accelerator(
+                mixed_precision="no",  # models compute in their own dtype, without autocast
+                log_with=list(self.tracking.names) or None,
+                project_dir=self.tracking.folder,
+                kwargs_handlers=[wait] if wait else None,
+            )
         self.device = self.accelerator.device
+        request = requested_sharing(args, os.environ)
+        self.problems += sharing_problems(request, args, self.accelerator.num_processes)
+        self.sharing = request.sharing if self.accelerator.num_processes > 1 else Sharing()
+        for warning in sharing_warnings(request, self.accelerator.num_processes):
+            logger.warning(warning)
         self.precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, self.device)
         for warning in self.precision.warnings:
             logger.warning(warning)
@@ -157,6 +167,8 @@ class NetworkTrainer(ModelFamily):
         """What would be trained, without training: `--dry_run` and `--debug_dataset`, which draws sheets of the images too."""
         args, plan = self.args, self.plan
         print(plan.text(args.gradient_accumulation_steps))
+        if self.memory:
+            print(f"\n{self.memory}")
         if not args.debug_dataset or not self.accelerator.is_main_process:
             return
         settings = replace(self.loader_settings(), workers=0, pin_memory=False)
@@ -167,8 +179,6 @@ class NetworkTrainer(ModelFamily):
                     print(f"{kind}: {path}")
 
     def cache_texts(self) -> None:
-        if self.memory:
-            print(f"\n{self.memory}")
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
         args, plan = self.args, self.plan
         self.texts, self.validation_texts = None, None
@@ -254,9 +264,32 @@ class NetworkTrainer(ModelFamily):
         self.groups = groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
 
+    def share_out_denoiser(self) -> None:
+        """Leave a share of the denoiser's weights on each process, where that is wanted."""
+        self.sharded: ShardedModel | None = None
+        if self.sharing.base is None:
+            return
+        local_sizes = self.gather([int(os.environ.get("LOCAL_WORLD_SIZE", "1"))])
+        self.sharded = self.shard(self.sharing.base, local_sizes)
+        logger.info("%s", self.sharded.summary())
+
+    def uneven_forwards(self) -> AbstractContextManager[None]:
+        """Inside it processes may call the denoiser different numbers of times."""
+        return nullcontext() if self.sharded is None else self.sharded.uneven_forwards()
+
     def create_optimizer(self) -> None:
         args = self.args
-        self.optimizer = build_optimizer(args.optimizer_type, self.groups, args.learning_rate, args.optimizer_args)
+        given = (args.optimizer_type, self.groups, args.learning_rate, args.optimizer_args)
+        self.reducer = GradientReducer(self.parameters, self.accelerator.num_processes)
+        if self.sharing.optimizer and can_be_shared(args.optimizer_type):
+            self.optimizer = build_shared_optimizer(*given, self.reducer, self.accelerator.process_index)
+        else:
+            if self.sharing.optimizer:
+                logger.warning(
+                    "A step of %s looks at all weights at once: every process keeps its whole state.",
+                    args.optimizer_type,
+                )
+            self.optimizer = build_optimizer(*given)
         self.schedule = build_schedule(
             scheduler_settings(args, self.plan.length.max_steps),
             self.optimizer.optimizer,
@@ -311,7 +344,7 @@ class NetworkTrainer(ModelFamily):
             parameters=self.parameters,
             optimizer=self.optimizer,
             schedule=self.schedule,
-            reducer=GradientReducer(self.parameters, self.accelerator.num_processes),
+            reducer=self.reducer,
             device=self.device,
             scaler=self.scaler,
             ema=self.ema,
@@ -348,9 +381,17 @@ class NetworkTrainer(ModelFamily):
             conditioning=self.conditioning(batch, draws, training),
             loss_weights=batch.loss_weights,
             mask=batch.mask,
-            preserve=batch.preserve,
+            preserve=self.preserved(batch),
             base_conditioning=base_conditioning,
         )
+
+    def preserved(self, batch: Batch) -> Tensor | None:
+        """Which samples keep what the base model says. Processes that share one denoiser all ask it, if any might have to."""
+        if batch.preserve is not None or self.sharded is None:
+            return batch.preserve
+        datasets = (*self.plan.index.training, *self.plan.index.validation)
+        wanted = any(preserves(subset) for dataset in datasets for subset in dataset.settings.subsets)
+        return torch.zeros(len(batch.paths), dtype=torch.bool, device=self.device) if wanted else None
 
     def latents_of(self, batch: Batch, draws: DrawGenerators) -> Tensor:
         """Normalised latents [B, 16, h, w] float32: from the cache, or encoded now."""

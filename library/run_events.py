@@ -16,8 +16,8 @@ from library.options.errors import UserError
 from library.run_metadata import run_facts, save_facts
 from library.run_metrics import RunMetrics
 from library.run_options import options_that_shape
-from library.run_plan import state_to_resume
 from library.run_report import RunReport
+from library.run_resume import resume_problems
 from library.run_settings import given_start
 from library.training.agreement import Agreement
 from library.training.contact_sheet import PreviewRecord, write_sheet
@@ -33,12 +33,11 @@ from library.training.signals import StopSignals
 from library.training.state import (
     Position,
     SavedState,
-    changed_options,
     take_snapshot,
     write_state,
 )
 from library.training.validation import validate
-from networks.diffusers_layout import diffusers_problems, to_diffusers, unread_by_diffusers
+from networks.diffusers_layout import to_diffusers, unread_by_diffusers
 
 if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer
@@ -63,8 +62,8 @@ class RunEvents:
         self.agreement = Agreement(trainer.accelerator.num_processes, trainer.device)
         self.stopping = False
         self.metadata = FileMetadata(run_facts(trainer, time.time())) if self.main else None
-        if args.save_format != "kohya":
-            self._check_diffusers_layout()
+        if args.save_format != "kohya" and unread_by_diffusers(trainer.network.layers):
+            logger.warning("diffusers reads no LoRA of T5: its part of the file is for ComfyUI alone.")
 
     def __enter__(self) -> RunEvents:
         with ExitStack() as stack:
@@ -99,7 +98,7 @@ class RunEvents:
 
     def begin(self) -> Position:
         """Load the state to resume from, if any, and make the previews that come before the first step."""
-        state = state_to_resume(self.args)
+        state = self.trainer.state
         if state is None and self.args.resume:
             logger.info("--resume auto: there is no state in %s yet; starting anew.", self.names.folder)
         position = self._start_given(state, self._restore(state) if state else Position())
@@ -227,15 +226,6 @@ class RunEvents:
             files.append((target, to_diffusers(tensors)))
         return files
 
-    def _check_diffusers_layout(self) -> None:
-        """Say before the first step what --save_format diffusers or both can't write."""
-        keys = self.trainer.network.state_dict_for_saving().keys()
-        problems = diffusers_problems(keys, f"--save_format {self.args.save_format}: this network")
-        if problems:
-            raise UserError(problems)
-        if unread_by_diffusers(keys):
-            logger.warning("diffusers reads no LoRA of T5: its part of the file is for ComfyUI alone.")
-
     def _save_encoders(self) -> Callable[[], None]:
         """What writes the text encoders with the trained LoRA in them, where that is wanted."""
         trainer = self.trainer
@@ -307,7 +297,7 @@ class RunEvents:
 
     def make_previews(self, position: Position, epoch: int | None) -> None:
         assert self.previewer is not None
-        with self.evaluation_weights():
+        with self.evaluation_weights(), self.trainer.uneven_forwards():
             multiplier = self.trainer.network.multiplier
             self.trainer.network.set_multiplier(1.0)
             previews = self.previewer.make(moment(position.step, epoch), [self.trainer.network])
@@ -335,18 +325,11 @@ class RunEvents:
 
     def _restore(self, state: SavedState) -> Position:
         trainer = self.trainer
-        differences = changed_options(state.options, options_that_shape(self.args, trainer.plan))
-        if differences:
-            raise UserError(
-                f"--resume {state.folder}: options that shape the run have changed: {'; '.join(differences)}. "
-                "Give the old values, or start a new run with --network_weights."
-            )
-        counted_anew = given_start(self.args, trainer.plan.length) is not None
-        if state.position.step >= trainer.plan.length.max_steps and not counted_anew:
-            raise UserError(
-                f"--resume {state.folder}: the state is at step {state.position.step}, and the run is to end at "
-                f"{trainer.plan.length.max_steps}. Raise --max_train_steps or --max_train_epochs."
-            )
+        problems = resume_problems(
+            state, self.args, trainer.plan
+        )  # once more: memory options may have been chosen since
+        if problems:
+            raise UserError(problems)
         missing = trainer.network.load_state_dict(state.weights(), strict=True)
         assert not missing.missing_keys
         for name, component in self._components().items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from library.run_plan import RunPlan
+if TYPE_CHECKING:
+    from library.run_plan import RunPlan
 
 # Where files go, what is logged and shown, how long the run is, and how memory is saved: the weights do not depend on these.
 FREE = frozenset(
@@ -84,6 +85,11 @@ FREE = frozenset(
         "torch_compile",
         "dynamo_backend",
         "ddp_timeout",
+        "deepspeed",
+        "zero_stage",
+        "offload_param_device",
+        "zero3_init_flag",
+        "zero3_save_16bit_model",
         "ddp_gradient_as_bucket_view",
         "ddp_static_graph",
         "max_nonfinite_steps",

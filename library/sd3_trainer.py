@@ -23,9 +23,10 @@ from library.memory.arrange import MemorySettings, arrange
 from library.memory.block_swap import swap_limit
 from library.memory.compile_backend import backend_problems
 from library.memory.quantize import quantise
+from library.memory.sharding import ShardedModel, ShardSettings
 from library.network_trainer import NetworkTrainer
-from library.run_settings import checkpoint_settings
 from library.run_memory import apply_plan, plan_memory, room, wants_plan
+from library.run_settings import checkpoint_settings
 from library.saved_encoders import encoders_to_save, write_encoders
 from library.sd3.checkpoint import ModelFiles, fingerprint, locate_parts
 from library.sd3.conditioning import (
@@ -51,7 +52,7 @@ from library.training.previews import Previewer, PreviewSettings
 from library.training.prompts import PreviewPrompt
 from library.training.seeds import DrawGenerators
 from networks.lora_file import check_lora_file
-from networks.lora_sd3 import TEXT_ENCODER_PREFIXES
+from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block
 from networks.network_modules import network_module
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,6 @@ class Sd3NetworkTrainer(NetworkTrainer):
 
     # --- the denoiser ----------------------------------------------------------------------------------------------
 
-    def make_denoiser(self) -> MMDiT:
     def plan_memory(self) -> str:
         args = self.args
         if not wants_plan(args):
@@ -257,10 +257,12 @@ class Sd3NetworkTrainer(NetworkTrainer):
             logger.info("%s", chosen.text())
         return chosen.text()
 
+    def make_denoiser(self) -> MMDiT:
         args = self.args
         mmap = not args.disable_mmap_load_safetensors
-        swapped = bool(args.blocks_to_swap)  # those blocks stay in host memory
-        first = self.device if args.lowram and not swapped else torch.device("cpu")
+        # swapped blocks stay in host memory; what is shared out is not to be whole on any device
+        waits = bool(args.blocks_to_swap) or self.sharing.base is not None
+        first = self.device if args.lowram and not waits else torch.device("cpu")
         model = load_mmdit(self.plan.files.mmdit, first, self.precision.dtype, mmap)
         self.base_weights.merge([], model)
         quantisation = "fp8" if args.fp8_base else args.base_quantization
@@ -269,6 +271,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
             checkpointing=checkpoint_settings(args),
             compile_backend=args.dynamo_backend if args.torch_compile else None,
             quantisation=quantisation,
+            stays=self.sharing.base is not None,
         )
         self.swapper = arrange(model, settings, self.device)
         resolutions = [dataset.settings.resolution for dataset in self.plan.index.training]
@@ -276,6 +279,11 @@ class Sd3NetworkTrainer(NetworkTrainer):
             ScaledPosEmbed(resolutions, model.config.hidden_size, self.device) if args.enable_scaled_pos_embed else None
         )
         return model
+
+    def shard(self, settings: ShardSettings, local_sizes: list[int]) -> ShardedModel:
+        return ShardedModel(
+            cast(MMDiT, self.denoiser), settings, self.device, local_sizes, first_block(self.network.layers)
+        )
 
     def blocks_to_swap(self, depth: int) -> int:
         wanted = int(self.args.blocks_to_swap or 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -229,6 +229,12 @@ def _build(
         settings.loraplus_lr_ratio, settings.loraplus_unet_lr_ratio, settings.loraplus_text_encoder_lr_ratio
     )
     return make_network(layers, plus, multiplier, "LoRA", settings.verbose)
+
+
+def first_block(names: Iterable[str]) -> int:
+    """The first joint block that gets gradients from layers of these names; 0 where one lies before all blocks."""
+    found = [re.search(r"joint_blocks_(\d+)_", name) for name in names]
+    return min((int(match[1]) if match else 0 for match in found), default=0)
 
 
 def _blocks(mmdit: nn.Module) -> Sequence[nn.Module]:

@@ -19,7 +19,7 @@ from library.data.images import read_pixels, to_tensor
 from library.data.latent_cache import LATENT_CHANNELS, LatentCache
 from library.data.masks import LATENT_CELL, shrink_mask
 from library.data.records import ImageRecord, IndexedDataset
-from library.data.settings import Size
+from library.data.settings import Size, SubsetSettings
 from library.data.text_cache import TextCache
 from library.options.errors import UserError
 
@@ -107,7 +107,7 @@ class BatchReader(Dataset["Batch | UserError"]):
             0.0 if spec.filler or item.left_out else dataset.records[n].loss_weight
             for item, (n, _) in zip(items, spec.items)
         ]
-        preserve = torch.tensor([_preserves(dataset, n) for n, _ in spec.items])
+        preserve = torch.tensor([preserves(dataset.subset_of(dataset.records[n])) for n, _ in spec.items])
         masks = [item.mask for item in items]
         images = [item.image for item in items if item.image is not None]
         return Batch(
@@ -224,8 +224,9 @@ def _raising(found: Iterable[Batch | UserError]) -> Iterator[Batch]:
         yield batch
 
 
-def _preserves(dataset: IndexedDataset, number: int) -> bool:
-    return bool(dataset.subset_of(dataset.records[number]).custom_attributes.get("diff_output_preservation"))
+def preserves(subset: SubsetSettings) -> bool:
+    """Whether the subset's images are to keep what the base model says (differential output preservation)."""
+    return bool(subset.custom_attributes.get("diff_output_preservation"))
 
 
 def _stack(texts: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:

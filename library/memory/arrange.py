@@ -18,6 +18,9 @@ class MemorySettings:
     checkpointing: CheckpointSettings | None = None
     compile_backend: str | None = None  # torch.compile's backend; None: eager
     quantisation: str | None = None  # "fp8", "int8" or "nf4"
+    stays: bool = (
+        False  # leave the weights where they are: library/memory/sharding.py moves them, a share to each process
+    )
 
 
 def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> BlockSwapper | None:
@@ -34,7 +37,8 @@ def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> Blo
         run = checkpointed(run, settings.checkpointing, offloader)
     swapper = None
     swapped = spread_blocks(len(blocks), settings.blocks_to_swap) if settings.blocks_to_swap else []
-    move_resident(model, blocks, swapped, device)
+    if not settings.stays:
+        move_resident(model, blocks, swapped, device)
     if swapped:
         swapper = BlockSwapper(blocks, swapped, device)
         run = swapper.runner(run)

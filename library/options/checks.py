@@ -50,6 +50,8 @@ USELESS_WITHOUT = {
     "huggingface_path_in_repo": ("huggingface_repo_id",),
     "huggingface_repo_visibility": ("huggingface_repo_id",),
     "async_upload": ("huggingface_repo_id",),
+    "zero_stage": ("deepspeed",),
+    "offload_param_device": ("deepspeed",),
 }
 # the same, where another option takes its place
 USELESS_WITH = {

@@ -86,6 +86,20 @@ class GradientReducer:
         dist.all_reduce(self.buffer)
         torch._foreach_copy_(gradients, self.views)
 
+    @torch.no_grad()
+    def hand_on(self, owners: Sequence[int]) -> None:
+        """Replace every parameter by the value that its owner has. owners: of each parameter, in rising order."""
+        torch._foreach_copy_(self.views, self.parameters)
+        sent, start = [], 0
+        for owner in range(self.world_size):
+            size = sum(each.numel() for each, its in zip(self.parameters, owners, strict=True) if its == owner)
+            if size:
+                sent.append(dist.broadcast(self.buffer[start : start + size], owner, async_op=True))
+            start += size
+        for work in sent:
+            work.wait()
+        torch._foreach_copy_(self.parameters, self.views)
+
 
 class LossScaler:
     """Keeps float16 gradients from underflowing: the loss is multiplied by a scale that adapts to overflows.

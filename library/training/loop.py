@@ -134,6 +134,8 @@ class TrainingLoop:
             parts.scaler.update(nonfinite)
         parts.schedule.step()
         parts.optimizer.optimizer.zero_grad(set_to_none=True)
+        for parameter in parts.parameters:  # those too that another process steps
+            parameter.grad = None
         after_step = parts.after_step() if parts.after_step else None
         if parts.ema:
             parts.ema.update()

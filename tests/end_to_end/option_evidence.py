@@ -169,6 +169,7 @@ TEXT = "tests/end_to_end/test_text_encoder_lora.py"
 CONFIG_FILE = "tests/options/test_config_file.py"
 PART_WINS = "tests/sd3/test_checkpoint.py::test_a_given_path_wins_over_the_copy_in_the_checkpoint"
 HUB = "tests/end_to_end/test_safety.py::test_every_saved_file_is_uploaded_and_the_token_stays_out_of_files"
+SHARING = "tests/end_to_end/test_sharing.py::test_deepspeed_options_do_the_same_in_host_memory_without_the_package"
 ELSEWHERE = {
     **{
         field.name: "tests/data/test_config.py::test_every_command_line_value_changes_the_settings"
@@ -232,13 +233,6 @@ ELSEWHERE = {
     "async_upload": f"{HERE}::test_hub_options_reach_the_uploader",
     "resume_from_huggingface": HUB,
     "log_with": f"{HERE}::test_a_tracker_is_the_one_that_is_asked_for",
-    **{
-        name: f"tests/end_to_end/test_sharing.py::test_{test}"
-        for name, test in {
-            "deepspeed": "zero_2_goes_on_from_a_state_of_fsdp2_to_the_same_weights",
-            "zero_stage": "zero_3_in_host_memory_trains_the_same_weights",
-            "offload_param_device": "zero_3_in_host_memory_trains_the_same_weights",
-        }.items()
-    },
+    **dict.fromkeys(("deepspeed", "zero_stage", "offload_param_device"), SHARING),
     "wandb_api_key": "tests/training/test_tracking.py::test_wandb_gets_values_offline_and_never_the_key",
 }

@@ -26,14 +26,8 @@ WIDER_TYPES = {"blocks_to_swap": int_or_auto}
 PATH_AS_TEXT = {"dataset_config"}
 
 NO_EFFECT = {
-    "zero_stage",
-    "offload_optimizer_device",
-    "offload_optimizer_nvme_path",
-    "offload_param_device",
-    "offload_param_nvme_path",
     "zero3_init_flag",
     "zero3_save_16bit_model",
-    "fp16_master_weights_and_gradients",
     "ddp_gradient_as_bucket_view",
     "ddp_static_graph",
     "v2",
@@ -55,7 +49,16 @@ NO_EFFECT = {
     "v_pred_like_loss",
     "debiased_estimation_loss",
 }
-REFUSED = {"weighted_captions", "fused_backward_pass", "v_parameterization", "dataset_class", "deepspeed"}
+REFUSED = {
+    "weighted_captions",
+    "fused_backward_pass",
+    "v_parameterization",
+    "dataset_class",
+    "offload_optimizer_device",
+    "offload_optimizer_nvme_path",
+    "offload_param_nvme_path",
+    "fp16_master_weights_and_gradients",
+}
 NEW = {
     "timestep_sampling",
     "loss_weighting",

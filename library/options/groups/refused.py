@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from library.options.option import Group, Kind, Option, switch
+from library.options.option import Group, Kind, Option, path, switch
+
+NVME = "weights are read again for every block of every step, for which a disk is too slow"
+OFFLOAD_OPTIMIZER = (
+    "a LoRA's optimizer state is small, and its step on the processor would hold up every other; "
+    "--optimizer_type PagedAdamW8bit moves it to host memory when the device is full"
+)
 
 GROUP = Group(
     "Refused",
@@ -31,11 +37,34 @@ GROUP = Group(
             kind=Kind.REFUSED,
             reason="buckets, caches and exact resuming rest on the data that --dataset_config describes, and a class of unknown behaviour could keep none of them; write a dataset file",
         ),
+        Option(
+            "--offload_optimizer_device",
+            "Where DeepSpeed keeps the optimizer's state.",
+            str,
+            None,
+            ("cpu", "nvme"),
+            kind=Kind.REFUSED,
+            reason=OFFLOAD_OPTIMIZER,
+        ),
+        Option(
+            "--offload_optimizer_nvme_path",
+            "The folder on an NVMe disk for the optimizer's state.",
+            path,
+            kind=Kind.REFUSED,
+            reason=OFFLOAD_OPTIMIZER,
+        ),
+        Option(
+            "--offload_param_nvme_path",
+            "The folder on an NVMe disk for the parameters.",
+            path,
+            kind=Kind.REFUSED,
+            reason=NVME,
+        ),
         switch(
-            "--deepspeed",
-            "Train with DeepSpeed.",
+            "--fp16_master_weights_and_gradients",
+            "Keep DeepSpeed's master weights in fp16.",
             Kind.REFUSED,
-            "it shares out optimizer states and gradients, which are small for a LoRA, and takes the training loop over; several devices work with accelerate launch alone, and --fp8_base_unet and --blocks_to_swap spare the memory of the frozen weights",
+            "small updates would be lost in fp16; a LoRA's weights in float32 are small",
         ),
     ),
 )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from library.options.option import Group, Kind, Option, finite, path, switch
+from library.options.option import Group, Kind, Option, finite, switch
 
 OLDER_MODEL = "it belongs to Stable Diffusion 1 and 2"
 NOISE = "Stable Diffusion 3 is trained by flow matching, whose noise is plain"
 SNR = "it weighs the loss of models that predict noise; see --weighting_scheme and --loss_weighting"
 DDP = "processes average a LoRA's few gradients in one message of their own, without PyTorch's DistributedDataParallel"
-DEEPSPEED = "it acts with --deepspeed alone, which is refused"
 SDPA = "attention is always PyTorch's scaled_dot_product_attention, with its fastest kernel for the device"
 
 
@@ -63,23 +62,15 @@ GROUP = Group(
         _switch("--debiased_estimation_loss", "Weigh the loss by the debiased estimation.", SNR),
         _switch("--ddp_gradient_as_bucket_view", "Let gradients be views of the buffers that processes exchange.", DDP),
         _switch("--ddp_static_graph", "Tell PyTorch that every step uses the same layers.", DDP),
-        Option("--zero_stage", "DeepSpeed's ZeRO stage.", int, 2, (0, 1, 2, 3), kind=Kind.NO_EFFECT, reason=DEEPSPEED),
-        *(
-            Option(f"--offload_{what}_device", help, str, None, ("cpu", "nvme"), kind=Kind.NO_EFFECT, reason=DEEPSPEED)
-            for what, help in (
-                ("optimizer", "Where DeepSpeed keeps the optimizer's state."),
-                ("param", "Where DeepSpeed keeps the parameters."),
-            )
+        _switch(
+            "--zero3_init_flag",
+            "With ZeRO stage 3: share out the weights as the models are made.",
+            "weights are read through a memory map and go to the device a share at a time, always",
         ),
-        *(
-            Option(f"--offload_{what}_nvme_path", help, path, kind=Kind.NO_EFFECT, reason=DEEPSPEED)
-            for what, help in (
-                ("optimizer", "The folder on an NVMe disk for the optimizer's state."),
-                ("param", "The folder on an NVMe disk for the parameters."),
-            )
+        _switch(
+            "--zero3_save_16bit_model",
+            "With ZeRO stage 3: save 16-bit weights.",
+            "the LoRA alone is saved, and --save_precision says in which format",
         ),
-        _switch("--zero3_init_flag", "With ZeRO stage 3: share out the weights as the models are made.", DEEPSPEED),
-        _switch("--zero3_save_16bit_model", "With ZeRO stage 3: save 16-bit weights.", DEEPSPEED),
-        _switch("--fp16_master_weights_and_gradients", "Keep DeepSpeed's master weights in fp16.", DEEPSPEED),
     ),
 )

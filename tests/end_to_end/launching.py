@@ -1,0 +1,55 @@
+"""Starting the real command in several processes, as users do: with accelerate's launcher and the files of docs/configs/."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.end_to_end.conftest import ROOT
+
+CONFIGS = ROOT / "docs" / "configs"
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def free_port() -> int:
+    """A port that nobody listens at just now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def launch(launcher: list[str], arguments: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start `accelerate launch LAUNCHER sd3_train_network.py ARGUMENTS` on the CPU. more: environment variables."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        **(more or {}),
+    }
+    command = [*ACCELERATE, *launcher, str(ROOT / "sd3_train_network.py"), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """What it told; fails where it did not end well."""
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told[-4000:]
+    return told
+
+
+def stand_in_for_deepspeed(folder: Path) -> dict[str, str]:
+    """accelerate's launcher looks for the package deepspeed and reads one name of it; nothing else of it is used."""
+    package = folder / "deepspeed"
+    (package / "launcher").mkdir(parents=True)
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (package / "launcher" / "__init__.py").write_text("", encoding="utf-8")
+    (package / "launcher" / "runner.py").write_text("DEEPSPEED_ENVIRONMENT_NAME = '.none'\n", encoding="utf-8")
+    facts = folder / "deepspeed-0.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.0\n", encoding="utf-8")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
