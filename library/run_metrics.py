@@ -128,6 +128,8 @@ class RunMetrics:
     def pause_is_over(self) -> None:
         """The next step's time begins now: previews and validation are no part of it."""
         self.last_time = time.perf_counter()
+        if self.progress is not None:
+            self.progress.starts_now()
 
     def state_dict(self) -> dict[str, Any]:
         self.late.tell_all()

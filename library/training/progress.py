@@ -36,6 +36,13 @@ class Progress:
             self.last_line = time.monotonic()
             logger.info(self.line())
 
+    def starts_now(self) -> None:
+        """Before the first advance: what took time until now was no part of the work."""
+        if self.count == self.first:
+            self.started = self.last_line = time.monotonic()
+            if self.bar is not None:
+                self.bar.unpause()
+
     def note(self, **values: Any) -> None:
         self.values = values
         if self.bar is not None:

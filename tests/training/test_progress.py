@@ -47,6 +47,19 @@ def test_a_line_tells_rate_time_left_and_values(time: Clock) -> None:
     assert shown.line() == "Training 110/200 (55 %), 2.00 s each, 3:00 left, avr_loss=0.1234"
 
 
+def test_what_comes_before_the_first_step_is_no_part_of_the_rate(time: Clock) -> None:
+    shown = Progress(100, "Training", start=50)
+    time.now = 40.0  # previews of the untrained model
+    shown.starts_now()
+    time.now = 42.0
+    shown.advance()
+    assert "2.00 s each, 1:38 left" in shown.line()
+    shown.starts_now()  # later on, previews are a part of what is left
+    time.now = 44.0
+    shown.advance()
+    assert "2.00 s each" in shown.line()
+
+
 def test_there_are_no_control_characters_without_a_terminal(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
