@@ -121,7 +121,7 @@ def memory_advice(args: argparse.Namespace) -> list[str]:
         ),
         (not args.cache_latents, "--cache_latents (frees the VAE)"),
         (args.mixed_precision == "no", "--mixed_precision bf16"),
-        (not args.gradient_checkpointing, "--gradient_checkpointing (about a third slower)"),
+        (not args.gradient_checkpointing, "--gradient_checkpointing (a third to a half slower)"),
         (
             (args.train_batch_size or 1) > 1,
             "a smaller batch_size, with --gradient_accumulation_steps to make up for it",

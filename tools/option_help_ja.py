@@ -165,7 +165,7 @@ HELP = {
     "memory_plan": "auto: 必要なメモリを見積もり、デバイスに収まる最も速い組み合わせを選んで表にします。",
     "vram": "`--memory_plan`と`--blocks_to_swap auto`が前提とするデバイスメモリ(GB)。",
     "blocks_to_swap": "ホストメモリに置き、必要なときだけデバイスへ移すブロックの数。autoは収まる最少の数を選びます。上限(ブロック数-2)を超えると下げられます。",
-    "gradient_checkpointing": "ブロックの中間値を保持せず逆伝播で再計算します。メモリは大きく減り、時間は約3分の1増えます。",
+    "gradient_checkpointing": "ブロックの中間値を保持せず逆伝播で再計算します。メモリは大きく減り、時間は3分の1から半分ほど増えます。",
     "gradient_checkpointing_blocks": "この数のブロックだけ再計算します。",
     "selective_checkpointing": "Attentionの出力は保持し、軽い部分だけ再計算します。メモリも時間も中間です。",
     "cpu_offload_checkpointing": "チェックポイントで保持する値をホストメモリへ移します。`--blocks_to_swap`とは併用できません。",

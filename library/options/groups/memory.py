@@ -42,7 +42,7 @@ GROUP = Group(
         ),
         switch(
             "--gradient_checkpointing",
-            "Recompute each block's activations in the backward pass instead of keeping them: far less memory, about a third more time.",
+            "Recompute each block's activations in the backward pass instead of keeping them: far less memory, a third to a half more time.",
         ),
         Option("--gradient_checkpointing_blocks", "Do so in this many blocks only.", int),
         switch(
