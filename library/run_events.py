@@ -286,6 +286,7 @@ class RunEvents:
                 DrawGenerators(trainer.device),
                 [trainer.network],
                 self._validation_progress,
+                (trainer.accelerator.process_index, trainer.accelerator.num_processes),
             )
         loss = trainer.accelerator.reduce(loss, "sum")  # [sum, count]
         self.metrics.validation(position, kind, loss)

@@ -23,15 +23,18 @@ def validate(
     draws: DrawGenerators,
     modules: Sequence[nn.Module],
     wrap: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    share: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """The sum of the losses and their count, [2] float32 on the device; every batch at every timestep.
 
     losses(batch, draws, timestep): of one batch. The noise depends on seed, batch and timestep alone. modules: put in eval
     mode meanwhile; training's random states are left as they were. wrap: puts a progress bar around the batches.
+    share: (r, n) where `batches` are the batches r, r + n, … of all; they draw what they would draw in a single process.
     """
     total = torch.zeros(2, device=draws.device.device)
     with undisturbed(modules):
-        for number, batch in enumerate(wrap(islice(batches, max_batches))):
+        for place, batch in enumerate(wrap(islice(batches, max_batches))):
+            number = share[0] + place * share[1]
             for timestep in timesteps:
                 draws.place(mix_seed(seed, "validation", number, timestep))
                 found = losses(batch, draws, timestep).losses

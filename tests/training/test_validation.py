@@ -39,8 +39,15 @@ class Losses:
 BATCHES = [Held(torch.ones(2)), Held(torch.ones(3)), Held(torch.tensor([1.0, 0.0]))]
 
 
-def run(losses: Losses, seed: int = 1, most: int | None = None, timesteps: tuple[int, ...] = (100, 900)) -> Tensor:
-    return validate(BATCHES, losses, timesteps, seed, most, DrawGenerators(CPU), [])
+def run(
+    losses: Losses,
+    seed: int = 1,
+    most: int | None = None,
+    timesteps: tuple[int, ...] = (100, 900),
+    share: tuple[int, int] = (0, 1),
+) -> Tensor:
+    batches = BATCHES[share[0] :: share[1]]
+    return validate(batches, losses, timesteps, seed, most, DrawGenerators(CPU), [], share=share)
 
 
 def test_the_same_weights_give_the_same_number_at_any_step() -> None:
@@ -70,6 +77,11 @@ def test_images_are_counted_once_a_timestep_and_fillers_not_at_all() -> None:
 
 def test_the_number_of_batches_can_be_bounded() -> None:
     assert run(Losses(), most=1)[1] == 2 * 2
+
+
+def test_several_processes_together_find_what_one_finds() -> None:
+    shares = [run(Losses(), share=(rank, 2)) for rank in range(2)]
+    torch.testing.assert_close(shares[0] + shares[1], run(Losses()))
 
 
 def test_another_seed_draws_other_noise() -> None:
