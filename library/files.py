@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; rename it to `path` when the block ends without an error.
 
-    The content is flushed to disk before the rename, so that a crash leaves the old file or the new one, never a part.
+    The content is flushed to disk before the rename, so that a crash leaves the old file or the new one, never a part. Who may
+    read it follows from the old file, or from the user's umask, whatever the library does that writes the content.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        temporary.touch()
+        mode = (target if target.exists() else temporary).stat().st_mode
         yield temporary
+        temporary.chmod(stat.S_IMODE(mode))
         flush_to_disk(temporary)
         os.replace(temporary, target)
         flush_folder(target.parent)
