@@ -24,6 +24,7 @@ from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache
 from library.data.loader import Batch, Loader, LoaderSettings, preserves
 from library.data.text_cache import TextCache
 from library.memory.sharding import ShardedModel
+from library.memory.visiting import send_home
 from library.model_family import ModelFamily
 from library.options.errors import UserError
 from library.run_caches import (
@@ -227,6 +228,8 @@ class NetworkTrainer(ModelFamily):
         self.validation_latents = fill_latents(LatentCache(index.validation, settings), *given)
         if not args.sample_prompts:
             self.vae = None
+        elif self.vae is not None and not args.highvram:
+            send_home(self.vae, self.device)
 
     def load_denoiser(self) -> None:
         """The frozen denoiser, with --base_weights merged, on its device with the memory savers that were asked for."""

@@ -23,6 +23,7 @@ from library.memory.arrange import MemorySettings, arrange
 from library.memory.block_swap import swap_limit
 from library.memory.compile_backend import backend_problems
 from library.memory.quantize import quantise
+from library.memory.visiting import visiting
 from library.memory.sharding import ShardedModel, ShardSettings
 from library.network_trainer import NetworkTrainer
 from library.run_memory import apply_plan, plan_memory, room, wants_plan
@@ -344,10 +345,11 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return context, pooled, self.position_embedding((prompt.width, prompt.height), training=False)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents -> images. The VAE that previews need is loaded once and stays."""
+        """Normalised latents -> images. A VAE that previews alone need is in host memory between them, unless --highvram."""
         if self.vae is None:
             self.vae = self.load_vae()
-        return self.vae.decode(denormalise(latents))
+        with visiting(self.vae, self.device, stays=self.latents is None or self.args.highvram):
+            return self.vae.decode(denormalise(latents))
 
 
 def joined_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:
