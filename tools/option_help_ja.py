@@ -177,7 +177,7 @@ HELP = {
     "torch_compile": "Transformerブロックをtorch.compileでコンパイルします。最初は遅く、その後が速くなります。",
     "dynamo_backend": "`--torch_compile`のバックエンド。",
     "lowram": "ホストメモリを節約します。MMDiTを読みながらデバイスへ移し、ベース重みもそこでマージします。`--blocks_to_swap`ではホストを経由します。",
-    "highvram": "使い終えたEncoderのデバイスメモリを返さずに持ち続けます。VRAMの大きいGPUで速くなります。",
+    "highvram": "使い終えたEncoderのデバイスメモリと、サンプル生成の間のVAEを手放しません。VRAMの大きいGPUで速くなります。",
     # 保存
     "output_dir": "LoRA・状態・プレビュー・レポートの出力先フォルダ。なければ作られます。必須です。",
     "output_name": "出力ファイルの名前(拡張子なし)。",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, train
@@ -93,3 +96,29 @@ def test_cached_texts_give_the_same_previews(workshop: Workshop, tmp_path: Path,
     cached = train(workshop, tmp_path / "cached", *looked, "--cache_text_encoder_outputs", max_train_steps=1)
     for one, other in zip(pictures(live.folder, "000000"), pictures(cached.folder, "000000"), strict=True):
         assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("more", "stays"), [((), True), (("--cache_latents",), False), (("--cache_latents", "--highvram"), True)]
+)
+def test_a_vae_that_previews_alone_need_is_on_the_device_for_them_alone(
+    workshop: Workshop,
+    tmp_path: Path,
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    stays: bool,
+) -> None:
+    asked, sent_home = [], []
+
+    @contextmanager
+    def visiting(model: nn.Module, device: torch.device, stays: bool) -> Iterator[None]:
+        asked.append(stays)
+        yield
+
+    monkeypatch.setattr("library.sd3_trainer.visiting", visiting)
+    monkeypatch.setattr("library.network_trainer.send_home", lambda model, device: sent_home.append(model))
+    looked = ("--sample_prompts", str(prompts), "--sample_at_first")
+    run = train(workshop, tmp_path, UNET, *looked, *more, max_train_steps=1)
+    assert asked == [stays] * 3
+    assert sent_home == ([] if stays else [run.trainer.vae])

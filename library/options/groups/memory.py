@@ -81,7 +81,7 @@ GROUP = Group(
         ),
         switch(
             "--highvram",
-            "Keep the device memory of encoders that are done with, instead of handing it back: quicker on large cards.",
+            "Keep the device memory of encoders that are done with, and between previews the VAE: quicker on large cards.",
         ),
     ),
 )
