@@ -159,4 +159,6 @@ def _conflicts(texts: Mapping[str, str], values: Mapping[str, Any], neuron_dropo
         problems.append(f"--network_args: the LoRA+ ratios are for lora_up, which algo={algo} does not have.")
     if algo == "glora" and (dropout or values.get("rank_dropout")):
         problems.append("--network_args: algo=glora has no neuron or rank dropout here: use module_dropout.")
+    if algo == "lokr" and bypass and values.get("rank_dropout"):
+        problems.append("--network_args: algo=lokr has no rank dropout: use dropout or module_dropout.")
     return problems

@@ -49,11 +49,8 @@ class LycorisLayer(NetworkLayer):
     def inner(self) -> Any:
         return self._inner[0]
 
-    def train(self, mode: bool = True) -> LycorisLayer:
-        self.inner.training = mode
-        return super().train(mode)
-
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        self.inner.training = self.training  # LyCORIS's dropout asks its own module, which is no submodule of this one
         if self.factored:
             change = (
                 self._glora(x) if self.inner.name == "glora" else self.inner.bypass_forward_diff(x, self.multiplier)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.options.errors import UserError
+from library.training.previews import undisturbed
 from networks.lora import LoRANetwork
 from networks.lora_sd3 import layers_by_name
 from networks.merging import merge_layers
@@ -342,6 +343,7 @@ def test_loraplus_and_rates():
         (["algo=boft", "bypass_mode=True"], "bypass_mode=True can't do algo=boft"),
         (["algo=glora", "dora_wd=True"], "dora_wd works with"),
         (["algo=full", "dropout=0.1"], "use module_dropout"),
+        (["algo=lokr", "rank_dropout=0.1"], "lokr has no rank dropout"),
         (["wd_on_output=True"], "give dora_wd=True too"),
         (["algo=loha", "loraplus_lr_ratio=4"], "LoRA"),
         (["preset=everything"], "preset must be one of"),
@@ -369,6 +371,26 @@ def test_module_dropout_drops_the_change():
     base = layer.layer.forward(x)
     dropped = sum(torch.equal(layer.layer(x), base) for _ in range(60))
     assert 12 < dropped < 48
+
+
+@pytest.mark.parametrize("algo", ["locon", "loha"])
+def test_rank_dropout_acts_after_a_preview_as_before_it_and_not_inside(algo: str):
+    torch.manual_seed(0)
+    network = lycoris.create_network(1.0, 4, 1, None, [], tiny_mmdit(), algo=algo, rank_dropout="0.5")
+    layer = network.layers[QKV]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1)
+    network.train().attach()
+    x = torch.randn(2, 64)
+
+    def drops() -> bool:
+        return not all(torch.equal(layer.layer(x), layer.layer(x)) for _ in range(10))
+
+    before = drops()
+    with undisturbed([network]):
+        inside = drops()
+    assert (before, inside, drops()) == (True, False, True)
 
 
 def test_without_lycoris_the_message_says_what_to_install():
