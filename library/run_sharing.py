@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from library.memory.sharding import ShardSettings
 from library.options.groups.refused import NVME, OFFLOAD_OPTIMIZER
+from library.training.state import Position
 
 USES_FSDP, USES_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 DEEPSPEED_PREFIX = "ACCELERATE_DEEPSPEED_"
@@ -87,6 +88,17 @@ def sharing_warnings(request: Request, processes: int) -> list[str]:
     if request.where and processes == 1:
         return [f"{request.where}: there is one process, so nothing is shared out."]
     return []
+
+
+def unlike_starts(starts: Sequence[Position | None], resume: str | None) -> list[str]:
+    """Processes that found different states to go on from, as machines with disks of their own may."""
+    if len(set(starts)) == 1:
+        return []
+    found = sorted({"no state" if start is None else f"one at step {start.step}" for start in starts})
+    return [
+        f"--resume {resume}: the processes found different states: {', '.join(found)}. Copy the first machine's state to the same "
+        "path on each machine."
+    ]
 
 
 @contextmanager

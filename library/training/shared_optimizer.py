@@ -23,7 +23,7 @@ PACKAGES = frozenset(["torch.optim", "bitsandbytes.optim", "lion_pytorch"])
 
 
 def can_be_shared(name: str) -> bool:
-    """Whether each parameter's step of --optimizer_type `name` depends on that parameter alone."""
+    """Whether each parameter's step of --optimizer_type `name` is known to depend on that parameter alone."""
     return find_optimizer(name).module in PACKAGES
 
 

@@ -8,7 +8,15 @@ import pytest
 
 from library.memory.sharding import ShardSettings
 from library.options.resolve import resolve_options
-from library.run_sharing import Sharing, plain_launch, requested_sharing, sharing_problems, sharing_warnings
+from library.run_sharing import (
+    Sharing,
+    plain_launch,
+    requested_sharing,
+    sharing_problems,
+    sharing_warnings,
+    unlike_starts,
+)
+from library.training.state import Position
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -102,3 +110,10 @@ def test_accelerate_is_not_told_what_its_launcher_was():
     with plain_launch(environment):
         assert environment == {"FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "true"}
     assert environment == {**FSDP, **DEEPSPEED, "ACCELERATE_USE_CPU": "true"}
+
+
+def test_machines_that_found_different_states_are_told_to_copy_one():
+    three, five = Position(step=3), Position(step=5)
+    assert unlike_starts([None, None], "auto") == unlike_starts([three, Position(step=3)], "auto") == []
+    (told,) = unlike_starts([three, None, five], "auto")
+    assert "no state, one at step 3, one at step 5" in told and "--resume auto" in told
