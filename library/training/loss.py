@@ -124,7 +124,7 @@ class RunningLoss:
     """The mean of the last `window` losses, kept on the device: adding never waits for it.
 
     The losses seen so far are averaged, never padded, so that the mean is right from the first step on and, with the
-    state restored, from the first step after a resume.
+    state restored, from the first step after a resume. A loss that is not finite, whose step was skipped, counts nothing.
     """
 
     def __init__(self, window: int, device: torch.device | str = "cpu") -> None:
@@ -137,9 +137,10 @@ class RunningLoss:
         self.added += 1
 
     def mean(self) -> Tensor:
-        """The mean as a scalar tensor on the device; 0 before the first loss."""
-        seen = min(self.added, len(self.values))
-        return self.values[:seen].mean() if seen else self.values.new_zeros(())
+        """The mean as a scalar tensor on the device; 0 before the first loss, NaN where none is finite."""
+        seen = self.values[: min(self.added, len(self.values))]
+        finite = torch.isfinite(seen)
+        return torch.where(finite, seen, 0).sum() / finite.sum() if len(seen) else self.values.new_zeros(())
 
     def state_dict(self) -> dict[str, object]:
         return {"values": self.values.clone(), "added": self.added}
@@ -167,11 +168,12 @@ class TimestepLosses:
         self.sums = torch.zeros(2, bins, device=device)  # losses, counts
 
     def add(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Record losses [B] (on the device) at timesteps [B] in 0..1000 (on the CPU or the device)."""
+        """Record losses [B] (on the device) at timesteps [B] in 0..1000 (on the CPU or the device), the finite ones."""
         index = (timesteps.float() * (self.bins / TRAIN_TIMESTEPS)).long().clamp_(0, self.bins - 1)
         index = index.to(self.sums.device, non_blocking=True)
         losses = losses.detach().to(self.sums)
-        self.sums.index_add_(1, index, torch.stack([losses, torch.ones_like(losses)]))
+        finite = torch.isfinite(losses)
+        self.sums.index_add_(1, index, torch.stack([torch.where(finite, losses, 0), finite.to(losses)]))
 
     def means(self) -> list[float | None]:
         """The mean of each range, None where nothing was drawn. Waits for the device: call it when reporting."""

@@ -187,3 +187,13 @@ def test_timestep_losses_are_averaged_by_range():
     assert other.means() == record.means()
     record.reset()
     assert record.means() == [None] * 4 and other.means()[0] == 2.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_skipped_steps_loss_spoils_no_average(bad: float):
+    running, record = RunningLoss(3), TimestepLosses(bins=2)
+    for loss in (1.0, bad, 3.0):
+        running.add(torch.tensor(loss))
+    record.add(torch.tensor([100.0, 200.0, 900.0]), torch.tensor([bad, 2.0, bad]))
+    assert running.mean() == 2
+    assert record.means() == [2.0, None]
