@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.options.errors import UserError
 from library.sd3.mmdit import MMDiT
 from networks.diffusers_layout import diffusers_problems, is_diffusers, to_diffusers, to_kohya, unread_by_diffusers
+from networks.lora_file import read_lora
 from networks.lora_sd3 import create_network, create_network_from_weights
 from tests.networks.models import QKV, mmdit_inputs, tiny_clip, tiny_mmdit, tiny_t5, trained
 from tests.tools.loras import write_lora
@@ -178,6 +179,49 @@ def test_q_k_v_of_different_loras_become_one_block_diagonal_pair():
     kohya = to_kohya(theirs, {"lora_adapter_metadata": json.dumps(metadata)})
     assert kohya[QKV + ".lora_down.weight"].shape == (8, 64)
     assert_same(our_output(kohya), diffusers_output(theirs, metadata))
+
+
+def test_a_file_that_diffusers_writes_is_read_as_diffusers_computes(tmp_path: Path):
+    """Adapters of PEFT with alphas of their own, saved by the pipeline: the file goes on training and merges here."""
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from tests.sd3.diffusers_models import diffusers_transformer
+
+    torch.manual_seed(2)
+    transformer, clip, tokens = diffusers_transformer(base()), tiny_clip(), torch.arange(1, 9).reshape(2, 4)
+    layers = ["attn.add_k_proj", "attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2", "norm1_context.linear"]
+    patterns = {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 5}}
+    transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=6, target_modules=layers, init_lora_weights="gaussian", **patterns)
+    )
+    clip.add_adapter(LoraConfig(r=2, lora_alpha=1, target_modules=["q_proj", "fc2"], init_lora_weights="gaussian"))
+    for model in (transformer, clip):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        text_encoder_lora_layers=get_peft_model_state_dict(clip),
+        **_collate_lora_metadata({"transformer": transformer, "text_encoder": clip}),
+    )
+    lora = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
+    given = mmdit_inputs()
+    with torch.no_grad():
+        theirs = transformer(given["x"], given["context"], given["pooled"], given["timestep"], return_dict=False)[0]
+        expected = clip(tokens).text_embeds
+    clip.disable_adapters()
+    ours_alone = {key: tensor for key, tensor in lora.tensors.items() if key.startswith("lora_unet_")}
+    assert_same(our_output(ours_alone), theirs)
+    torch.manual_seed(2)
+    plain = tiny_clip()
+    plain.load_state_dict({k.replace(".base_layer", ""): v for k, v in clip.state_dict().items() if "lora_" not in k})
+    assert (plain(tokens).text_embeds - expected).abs().max() > 0.01
+    create_network_from_weights(1.0, None, None, [plain], None, weights_sd=of_clips(lora.tensors))[0].attach()
+    assert_same(plain(tokens).text_embeds, expected)
 
 
 def test_an_absent_third_is_not_changed():
