@@ -59,7 +59,7 @@ class RunEvents:
         self.rhythm = SaveRhythm(every, args.save_every_n_steps)
         self.previews: list[PreviewRecord] = []
         self.last_saved_at, self.last_saved_step = time.monotonic(), 0
-        self.agreement = Agreement(trainer.accelerator.num_processes, trainer.device)
+        self.agreement = Agreement(trainer.accelerator.num_processes)
         self.stopping = False
         self.metadata = FileMetadata(run_facts(trainer, time.time())) if self.main else None
         if args.save_format != "kohya" and unread_by_diffusers(trainer.network.layers):

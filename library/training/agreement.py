@@ -16,8 +16,11 @@ from torch import Tensor
 class Agreement:
     """Answers questions of yes or no alike on every process: yes where any of them says yes."""
 
-    def __init__(self, world_size: int, device: torch.device):
-        self.world_size, self.device = world_size, device
+    def __init__(self, world_size: int):
+        """torch.distributed must be running on all processes where there are several; all of them make one together."""
+        # Answers travel between hosts: read from a GPU, they would wait for the step that it is still computing.
+        self._channel = dist.new_group(backend="gloo") if world_size > 1 else None
+        self.world_size = world_size
         self._asked: tuple[Tensor, dist.Work] | None = None
 
     def ask(self, answers: Sequence[bool]) -> list[bool]:
@@ -28,9 +31,7 @@ class Agreement:
             return list(answers)
         before = self._asked
         said = torch.tensor([float(answer) for answer in answers])
-        if self.device.type == "cuda":
-            said = said.pin_memory().to(self.device, non_blocking=True)
-        work = dist.all_reduce(said, op=dist.ReduceOp.MAX, async_op=True)
+        work = dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._channel, async_op=True)
         assert work is not None
         self._asked = said, work
         if before is None:
