@@ -32,6 +32,7 @@ ENDINGS = re.compile(
     r"\.(?:lora_(?P<peft>[AB])(?:\.\w+)?\.weight|lora\.(?P<old>down|up)\.weight"
     r"|lora_(?P<kohya>down|up)\.weight|(?P<alpha>alpha))$"
 )
+PEFT_PREFIX = "base_model.model."  # of names in files that PEFT itself writes
 ADAPTER_CONFIG = "lora_adapter_metadata"  # diffusers keeps the PEFT configuration under this key of a file's metadata
 
 
@@ -185,7 +186,7 @@ def _by_path(keys: Iterable[str], where: str) -> dict[str, dict[str, str]]:
             strange.append(key)
             continue
         kind = {"A": "down", "B": "up"}.get(ending["peft"] or "") or ending["old"] or ending["kohya"] or "alpha"
-        layers.setdefault(key[: ending.start()].removeprefix("base_model.model."), {})[kind] = key
+        layers.setdefault(key[: ending.start()].removeprefix(PEFT_PREFIX), {})[kind] = key
     names = kohya_names(layers)
     unknown = [path for path in layers if path not in names]
     problems = []
@@ -230,10 +231,10 @@ def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str,
         raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} is not a table.")
     try:
         for key, value in config.items():
-            if key.endswith(".alpha_pattern"):
-                for pattern, alpha in value.items():
+            if key.endswith("alpha_pattern"):
+                for pattern, alpha in (value or {}).items():
                     re.compile(pattern), float(alpha)
-            elif key.endswith(".lora_alpha"):
+            elif key.endswith("lora_alpha"):
                 float(value)
     except (AttributeError, TypeError, ValueError, re.error):
         raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} has alphas that are no numbers.") from None
@@ -241,16 +242,23 @@ def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str,
 
 
 def _configured_scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / rank as PEFT has it from its configuration: patterns match the end of a module's path."""
+    """alpha / rank as PEFT has it from its configuration: patterns match the end of a module's path.
+
+    diffusers' names are behind the model's ("transformer.lora_alpha"), PEFT's own stand alone.
+    """
     part, _, inner = path.partition(".")
-    alpha = config.get(f"{part}.lora_alpha")
+
+    def setting(name: str) -> Any:
+        return config.get(f"{part}.{name}", config.get(name))
+
+    alpha = setting("lora_alpha")
     if alpha is None:
         return 1.0
-    for pattern, value in (config.get(f"{part}.alpha_pattern") or {}).items():
+    for pattern, value in (setting("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", inner):
             alpha = value
             break
-    return float(alpha) / (rank**0.5 if config.get(f"{part}.use_rslora") else rank)
+    return float(alpha) / (rank**0.5 if setting("use_rslora") else rank)
 
 
 def _fused(name: str, parts: Mapping[int, Pair], where: str) -> Pair:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from library.options.errors import UserError
 from library.sd3.checkpoint import read_header
 from networks.arguments import nearest_name
-from networks.diffusers_layout import fit, is_diffusers, kohya_layers, to_kohya
+from networks.diffusers_layout import ADAPTER_CONFIG, PEFT_PREFIX, fit, is_diffusers, kohya_layers, to_kohya
 from networks.parameter_groups import parts_of, without_absent_parts
 from networks.weight_files import PICKLED, group_by_layer, listed, read_network_file
+
+logger = logging.getLogger(__name__)
+PEFT_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ def read_lora(path: str | Path, damaged: bool = False) -> LoraFile:
     if not tensors:
         raise UserError(f"{path} holds no tensors.")
     if is_diffusers(tensors):
-        return LoraFile(path, to_kohya(tensors, metadata, str(path)), metadata, "diffusers")
+        alphas = metadata | _config_beside(path, tensors, metadata)
+        return LoraFile(path, to_kohya(tensors, alphas, str(path)), metadata, "diffusers")
     broken = [name for name, layer in group_by_layer(tensors, path).items() if not _is_whole(layer)]
     if broken and not damaged:
         raise UserError(f"{path} is damaged, in {listed(broken)}: tools/check_lora.py says how.")
@@ -93,6 +98,22 @@ def check_lora_file(path: str | Path) -> list[str]:
     except UserError as error:
         return error.problems
     return []
+
+
+def _config_beside(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The alphas of a file of PEFT's own, which keeps them in a file beside it, as diffusers has them in the metadata."""
+    names = list(keys)
+    told = ADAPTER_CONFIG in metadata or any(name.endswith(".alpha") for name in names)
+    if told or not any(name.startswith(PEFT_PREFIX) for name in names):
+        return {}
+    config = path.with_name(PEFT_CONFIG)
+    try:
+        return {ADAPTER_CONFIG: config.read_text(encoding="utf-8")}
+    except FileNotFoundError:
+        logger.warning("%s: there is no %s beside it: alphas are taken to be the ranks.", path, PEFT_CONFIG)
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{config} cannot be read ({error}).") from error
 
 
 def _is_whole(layer: Mapping[str, Tensor]) -> bool:

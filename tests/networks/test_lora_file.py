@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,23 @@ def test_a_file_of_pairs_that_do_not_fit_is_refused(original, tmp_path: Path):
     write_network_file(tmp_path / "a.safetensors", theirs)
     with pytest.raises(UserError, match=r"missing, or they do not fit each other: transformer\.transformer_blocks\.0"):
         read_lora(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_file_of_pefts_own_counts_the_alphas_in_the_file_beside_it(original, tmp_path: Path, rslora: bool, caplog):
+    """PEFT divides by the rank, or with rsLoRA by its root."""
+    theirs = {
+        f"base_model.model.{key.removeprefix('transformer.')}": tensor for key, tensor in to_diffusers(original).items()
+    }
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in theirs.items() if "text_encoder" not in key}, path)
+    name = "lora_unet_joint_blocks_0_x_block_attn_proj"
+    assert read_lora(path).tensors[name + ".alpha"] == 4 and "alphas are taken to be the ranks" in caplog.text
+    config = {"r": 4, "lora_alpha": 6, "use_rslora": rslora, "alpha_pattern": {"to_out.0": 2}, "rank_pattern": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors, root = read_lora(path).tensors, 2.0 if rslora else 1.0  # a file's own alpha is divided by the rank, 4
+    assert tensors[name + ".alpha"] == 2 * root
+    assert tensors["lora_unet_joint_blocks_0_x_block_mlp_fc2.alpha"] == 6 * root
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "x"}', encoding="utf-8")
+    with pytest.raises(UserError, match="alphas that are no numbers"):
+        read_lora(path)
