@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from library.options.config_file import write_config
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Options written to {write_config(options.as_given)}")
             return 0
         start_logging(options.args)
-        for warning in options.warnings:
+        for warning in options.warnings if process_rank() == 0 else ():
             logging.getLogger(__name__).warning(warning)
         from library.sd3_trainer import Sd3NetworkTrainer  # torch is loaded only when the command line is in order
 
@@ -31,14 +32,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def process_rank() -> int:
+    """This process's number among all, as accelerate's launcher has set it."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def start_logging(args: argparse.Namespace) -> None:
-    """Log to the console, or to --console_log_file."""
+    """Log to the console, or to --console_log_file. Of several processes the first one tells all, the others their warnings."""
+    rank = process_rank()
+    level = logging.getLevelName(args.console_log_level or "INFO")
+    plain = "%(message)s" if args.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
+    file = args.console_log_file if rank == 0 else None
     logging.basicConfig(
-        level=args.console_log_level or "INFO",
-        format="%(message)s" if args.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s",
+        level=level if rank == 0 else max(level, logging.WARNING),
+        format=plain if rank == 0 else f"[process {rank}] {plain}",
         datefmt="%H:%M:%S",
-        filename=args.console_log_file,
-        filemode="w" if args.console_log_file else "a",
+        filename=file,
+        filemode="w" if file else "a",
         force=True,
     )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels

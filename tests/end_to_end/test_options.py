@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -259,6 +260,20 @@ def test_console_options(tmp_path: Path, words: str, written: str):
     assert log.exists() == ("--console_log_file" in words)
     if log.exists():
         assert log.read_text(encoding="utf-8").count("\n") == 2
+
+
+def test_of_several_processes_the_first_has_the_log_and_the_others_tell_what_goes_wrong(tmp_path: Path):
+    log, script = (
+        tmp_path / "log.txt",
+        (
+            "import logging; from argparse import Namespace; from sd3_train_network import start_logging;"
+            f"start_logging(Namespace(console_log_level=None, console_log_simple=True, console_log_file={str(tmp_path / 'log.txt')!r}));"
+            "logging.info('told'); logging.error('alas')"
+        ),
+    )
+    environment = {**os.environ, "RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stderr == "[process 1] alas\n" and not log.exists()
 
 
 def test_encoders_get_as_many_at_once_as_asked(workshop: Workshop, tmp_path: Path, monkeypatch):

@@ -86,8 +86,8 @@ def test_fsdp2_trains_the_same_weights_with_the_same_previews_and_validation(run
 
 def test_fsdp2_leaves_half_of_the_model_on_each_process(runs: Runs):
     shares = re.findall(r"over 2 processes: ([\d.]+) MiB of ([\d.]+) MiB on each", runs.told["fsdp2"])
-    assert len(shares) == 2
-    assert all(float(whole) > 3 and float(part) <= 0.51 * float(whole) for part, whole in shares)
+    ((part, whole),) = shares  # the first process alone tells it
+    assert float(whole) > 3 and float(part) <= 0.51 * float(whole)
 
 
 def test_zero_3_trains_the_same_weights_and_saves_a_whole_state(runs: Runs):
