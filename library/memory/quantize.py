@@ -113,7 +113,7 @@ class Nf4Linear(QuantisedLinear):
         import bitsandbytes.functional as bnb
 
         state = bnb.QuantState(absmax=scale, shape=shape, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
-        state.code = bnb.get_4bit_type("nf4", device=weight.device)
+        # The kernels know nf4's sixteen values: the table (state.code) stays away, for sending it would wait for the device.
         return bnb.dequantize_4bit(weight, state)
 
 

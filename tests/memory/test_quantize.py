@@ -85,3 +85,18 @@ def test_swapping_and_checkpointing_quantised_blocks_changes_nothing(kind: str):
         out.square().mean().backward()
         results.append((out.detach(), adapter.grad))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("kind", LARGEST_ERROR)
+def test_using_a_quantised_layer_asks_the_host_for_no_table(kind: str, monkeypatch):
+    """On a GPU a tensor made from Python's numbers is sent by a copy that waits for all work under way."""
+    model = nn.Sequential(nn.Linear(64, 128)).requires_grad_(False)
+    quantise(model, kind, lambda path: True)
+
+    def refuse(*args, **more):
+        raise AssertionError("a table is sent to the device")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    x = torch.randn(3, 64).requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
