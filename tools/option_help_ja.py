@@ -176,7 +176,7 @@ HELP = {
     "t5xxl_dtype": "T5の重みの数値形式。未指定なら`--mixed_precision`と同じです。",
     "torch_compile": "Transformerブロックをtorch.compileでコンパイルします。最初は遅く、その後が速くなります。",
     "dynamo_backend": "`--torch_compile`のバックエンド。",
-    "lowram": "ホストメモリを節約します。MMDiTを読みながらデバイスへ移し、ベース重みもそこでマージします。`--blocks_to_swap`ではホストを経由します。",
+    "lowram": "ホストメモリを節約します。MMDiTを読みながらデバイスへ移し、ベース重みもそこでマージします。`--blocks_to_swap`と、プロセス間で分け合うときは、ホストを経由します。",
     "highvram": "使い終えたEncoderのデバイスメモリと、サンプル生成の間のVAEを手放しません。VRAMの大きいGPUで速くなります。",
     # 保存
     "output_dir": "LoRA・状態・プレビュー・レポートの出力先フォルダ。なければ作られます。必須です。",

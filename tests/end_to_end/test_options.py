@@ -263,13 +263,11 @@ def test_console_options(tmp_path: Path, words: str, written: str):
 
 
 def test_of_several_processes_the_first_has_the_log_and_the_others_tell_what_goes_wrong(tmp_path: Path):
-    log, script = (
-        tmp_path / "log.txt",
-        (
-            "import logging; from argparse import Namespace; from sd3_train_network import start_logging;"
-            f"start_logging(Namespace(console_log_level=None, console_log_simple=True, console_log_file={str(tmp_path / 'log.txt')!r}));"
-            "logging.info('told'); logging.error('alas')"
-        ),
+    log = tmp_path / "log.txt"
+    given = f"console_log_level=None, console_log_simple=True, console_log_file={str(log)!r}"
+    script = (
+        "import logging; from argparse import Namespace; from sd3_train_network import start_logging;"
+        f"start_logging(Namespace({given})); logging.info('told'); logging.error('alas')"
     )
     environment = {**os.environ, "RANK": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -77,7 +77,7 @@ GROUP = Group(
         Option("--dynamo_backend", "The backend of --torch_compile.", str, "inductor", DYNAMO_BACKENDS),
         switch(
             "--lowram",
-            "Spare the host's memory: the MMDiT goes to the device as it is read, and base weights are merged there. With --blocks_to_swap it still passes through the host.",
+            "Spare the host's memory: the MMDiT goes to the device as it is read, and base weights are merged there. With --blocks_to_swap, or shared out over processes, it still passes through the host.",
         ),
         switch(
             "--highvram",
