@@ -14,6 +14,7 @@ from library.memory.sharding import ShardedModel, ShardSettings
 from library.training.metadata import FamilyFacts
 from library.training.previews import Previewer
 from library.training.seeds import DrawGenerators
+from networks.parameter_groups import LearningRates
 
 
 class ModelFamily(ABC):
@@ -44,8 +45,20 @@ class ModelFamily(ABC):
         """Let a trained encoder keep less for the backward pass."""
 
     @abstractmethod
-    def bytes_of_text(self) -> int:
+    def present_encoders(self, files: Any) -> list[str]:
+        """The names of the text encoders that the files hold, in order."""
+
+    @abstractmethod
+    def empty_models(self, files: Any, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]:
+        """Text encoders and denoiser on the meta device, without weights; None for each that is not trained."""
+
+    @abstractmethod
+    def bytes_of_text(self, files: Any) -> int:
         """Bytes of the encoders' outputs for one caption."""
+
+    @abstractmethod
+    def bytes_of_saved_encoders(self, files: Any) -> int:
+        """Bytes of the text encoders that are to be saved beside the LoRA."""
 
     @abstractmethod
     def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -36,7 +36,9 @@ from library.run_caches import (
     texts_of_prompts,
 )
 from library.run_events import RunEvents
+from library.run_network import make_network
 from library.run_plan import plan_run
+from library.run_resume import state_to_resume, whole_state
 from library.run_settings import (
     base_weight_files,
     flow_settings,
@@ -45,12 +47,19 @@ from library.run_settings import (
     scheduler_settings,
     tracking_settings,
 )
-from library.run_sharing import Sharing, plain_launch, requested_sharing, sharing_problems, sharing_warnings
+from library.run_sharing import (
+    Sharing,
+    plain_launch,
+    requested_sharing,
+    sharing_problems,
+    sharing_warnings,
+    unlike_starts,
+)
 from library.sd3.flow import validation_timesteps
 from library.training.dataset_sheets import PICTURES, write_dataset_sheets
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
-from library.training.hub import HubSettings, HubUploader, fetch_state
+from library.training.hub import HubSettings, HubUploader
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
 from library.training.optimizers import build_optimizer
 from library.training.out_of_memory import told_clearly
@@ -60,9 +69,7 @@ from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, seed_everything
 from library.training.shared_optimizer import build_shared_optimizer, can_be_shared
 from library.training.step import DenoisingStep, StepInput, StepResult
-from networks.arguments import arguments_of
 from networks.base_weights import BaseWeights
-from networks.network_modules import network_module
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,6 +87,7 @@ class NetworkTrainer(ModelFamily):
         if self.args.dry_run or self.args.debug_dataset:
             self.show_plan()
             return None
+        self.fetch_state()
         with self.doing("captions were encoded"):
             self.cache_texts()
         with self.doing("images were encoded"):
@@ -96,15 +104,21 @@ class NetworkTrainer(ModelFamily):
     def prepare(self) -> None:
         """Find the devices and work out the run. Headers alone are read, and every mistake of the user is told."""
         self.start_processes()
-        if self.args.resume_from_huggingface and not self.problems:
-            self.args.resume = str(self.fetch_state())
-        self.hub: HubUploader | None = None
+        self.hub = self.told_later(self.start_uploads)
+        with self.accelerator.local_main_process_first():  # one process of each machine downloads
+            self.state = self.told_later(lambda: state_to_resume(self.args))
+        self.problems += unlike_starts(self.gather([self.state and self.state.position]), self.args.resume)
+        processes = self.accelerator.num_processes
+        self.plan = plan_run(self.args, self, self.problems, processes, lambda seed: self.gather([seed])[0], self.state)
+        self.memory = self.plan_memory()
+
+    def told_later(self, do: Callable[[], T]) -> T | None:
+        """What `do` returns; None where it finds a mistake of the user, which is told with all others."""
         try:
-            self.hub = self.start_uploads()
+            return do()
         except UserError as error:
             self.problems += error.problems
-        self.plan = plan_run(self.args, self, self.problems, self.accelerator.num_processes)
-        self.memory = self.plan_memory()
+            return None
 
     # --- the steps -------------------------------------------------------------------------------------------------
 
@@ -141,11 +155,11 @@ class NetworkTrainer(ModelFamily):
 
         return gather_object(items)
 
-    def fetch_state(self) -> Path:
-        """The state to resume from, downloaded from the Hub by one process of each machine."""
-        folder = Path(self.args.output_dir) / "hub_states"
-        with self.accelerator.local_main_process_first():
-            return fetch_state(self.args.resume, folder, self.args.huggingface_token)
+    def fetch_state(self) -> None:
+        """The whole of a state on the Hub, of which preparing has read the position alone."""
+        if self.state is not None and self.args.resume_from_huggingface:
+            with self.accelerator.local_main_process_first():
+                self.state = whole_state(self.args)
 
     def start_uploads(self) -> HubUploader | None:
         """Reach the Hub repository now, if files are to be uploaded to one."""
@@ -198,7 +212,7 @@ class NetworkTrainer(ModelFamily):
 
         if roles.ahead:
             fingerprint = self.text_stage.fingerprint(roles.ahead)
-            settings = text_cache_settings(args, fingerprint, plan.seed, self.bytes_of_text())
+            settings = text_cache_settings(args, fingerprint, plan.seed, self.bytes_of_text(plan.files))
             training = TextCache(plan.index.training, settings, prompts)
             validation = TextCache(plan.index.validation, replace(settings, variants=None))
             self.texts = fill_texts(training, encode, self.accelerator)
@@ -239,23 +253,11 @@ class NetworkTrainer(ModelFamily):
     def create_network(self) -> None:
         """The LoRA, attached to the frozen models."""
         args, rates = self.args, self.plan.rates
-        module = network_module(args.network_module)
         encoders = [
             self.text_stage.model(name) if name in self.trained_encoders else None for name in self.encoder_names()
         ]
-        denoiser = self.denoiser if rates.unet > 0 else None
-        arguments = arguments_of(args.network_args)
         seed_everything(self.plan.seed)
-        if args.dim_from_weights:
-            network, _ = module.create_network_from_weights(
-                1.0, args.network_weights, None, encoders, denoiser, neuron_dropout=args.network_dropout, **arguments
-            )
-        else:
-            network = module.create_network(
-                1.0, args.network_dim, args.network_alpha, None, encoders, denoiser, args.network_dropout, **arguments
-            )
-            if args.network_weights:
-                network.load_weights(args.network_weights)
+        network = make_network(args, encoders, self.denoiser if rates.unet > 0 else None)
         self.network = network.to(self.device, self.precision.trained_dtype).train()
         self.network.attach()
         if args.gradient_checkpointing:
@@ -289,7 +291,7 @@ class NetworkTrainer(ModelFamily):
         else:
             if self.sharing.optimizer:
                 logger.warning(
-                    "A step of %s looks at all weights at once: every process keeps its whole state.",
+                    "A step of %s may look at all weights at once: every process keeps its whole state.",
                     args.optimizer_type,
                 )
             self.optimizer = build_optimizer(*given)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Protocol, TypeVar
 
+from torch import nn
+
+from library.data.augment import frozen_chance
 from library.data.batches import BatchPlan
+from library.data.cache_files import check_writable
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.data.index import DatasetIndex, build_index
@@ -24,6 +25,10 @@ from library.data.settings import Size
 from library.data.table import table
 from library.data.text_cache import refuse_lost_chance
 from library.options.errors import Problems, UserError
+from library.run_caches import encoder_roles
+from library.run_network import rehearse_network
+from library.run_resume import resume_problems
+from library.run_room import Outcome, cache_needs, output_problems, room_problems, saving_need
 from library.run_settings import (
     RunLength,
     flow_settings,
@@ -40,14 +45,14 @@ from library.training.modelspec import thumbnail_url
 from library.training.optimizers import check_optimizer
 from library.training.prompts import PreviewPrompt, read_prompts
 from library.training.schedulers import check_schedule
-from library.training.state import SavedState, newest_state, open_state
+from library.training.state import SavedState
 from library.training.tracking import tracking_problems
 from networks.lora_file import names_in_file
 from networks.parameter_groups import PARTS, LearningRates, parts_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-ROOM_WANTED = 256 << 20  # bytes free in output_dir before a run starts
+LEFT_TO_THE_PLAN = ("fp8_base", "fp8_base_unet", "t5xxl_device")  # --memory_plan chooses them
 
 
 class ModelChecks(Protocol):
@@ -60,6 +65,16 @@ class ModelChecks(Protocol):
     def network_problems(self, files: Any) -> list[str]: ...
 
     def train_t5xxl(self) -> bool: ...
+
+    def encoder_names(self) -> list[str]: ...
+
+    def present_encoders(self, files: Any) -> list[str]: ...
+
+    def empty_models(self, files: Any, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]: ...
+
+    def bytes_of_text(self, files: Any) -> int: ...
+
+    def bytes_of_saved_encoders(self, files: Any) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -86,73 +101,96 @@ class RunPlan:
         )
 
 
-def plan_run(args: argparse.Namespace, family: ModelChecks, found: list[str], world_size: int = 1) -> RunPlan:
-    """Work out the run. `found` are problems known already; UserError tells them together with all that is found here."""
+def plan_run(
+    args: argparse.Namespace,
+    family: ModelChecks,
+    found: list[str],
+    world_size: int = 1,
+    agree: Callable[[int], int] = lambda seed: seed,
+    state: SavedState | None = None,
+) -> RunPlan:
+    """Work out the run. `found` are problems known already; UserError tells them together with all that is found here.
+
+    agree: makes this process's seed that of all. state: what the run goes on from.
+    """
     problems = Problems()
     problems.found += found
-    seed = _try(problems, lambda: run_seed(args)) or 0
+    seed = agree(run_seed(args, state))
     files = _try(problems, family.locate_models) if args.pretrained_model_name_or_path else None
     index = _try(problems, lambda: index_data(args, seed))
     rates = _try(problems, lambda: learning_rates(args, family.train_t5xxl()))
     if rates is not None and args.dim_from_weights and args.network_weights:
         rates = rates_of_file(rates, args.network_weights)
     prompts = _try(problems, lambda: read_prompts(args.sample_prompts)) if args.sample_prompts else []
-    problems.found += check_flow(flow_settings(args)) + check_loss(loss_settings(args))
-    if rates is not None:
-        given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
-        if not given:
-            problems.add(
-                "Nothing would be trained: the learning rate of every part is 0, or --dim_from_weights has no LoRA for the others."
-                " Raise --learning_rate or --unet_lr."
-            )
-        problems.found += check_optimizer(args.optimizer_type, args.optimizer_args, given)
-    problems.found += tracking_problems(tracking_settings(args))
-    if args.metadata_thumbnail:
-        _try(problems, lambda: thumbnail_url(args.metadata_thumbnail))
-    if args.output_dir:
-        problems.found += output_problems(Path(args.output_dir))
+    problems.found += setting_problems(args, rates)
+    outcome = Outcome(0, 2 if args.full_fp16 or args.full_bf16 else 4)
     if files is not None:
-        problems.found += family.network_problems(files)
+        wrong = family.network_problems(files) + family.model_problems(files, _sizes(index, prompts or []))
+        problems.found += wrong
+        if rates is not None and any((rates.unet, *rates.text_encoders)) and not wrong:
+            models = family.empty_models(files, rates)
+            numbers = _try(problems, lambda: rehearse_network(args, *models))
+            outcome = replace(outcome, numbers=numbers or 0, encoders=family.bytes_of_saved_encoders(files))
+    cached = []
     if index is not None:
-        for warning in index.warnings:
-            logger.warning(warning)
-        subsets = [subset for dataset in index.training for subset in dataset.settings.subsets]
-        if args.masked_loss and not any(subset.alpha_mask or subset.style == "mask" for subset in subsets):
-            logger.warning(
-                "--masked_loss changes nothing: no subset has masks. Give conditioning_data_dir, or alpha_mask for alpha channels."
-            )
-        if args.cache_text_encoder_outputs:
-            _try(problems, lambda: refuse_lost_chance(index.training, args.text_cache_variants))
-        sizes = {size for dataset in [*index.training, *index.validation] for size in dataset.buckets}
-        sizes |= {(prompt.width, prompt.height) for prompt in prompts or []}
-        if files is not None:
-            problems.found += family.model_problems(files, sorted(sizes))
+        problems.found += data_problems(args, index)
+        ahead = files is not None and rates is not None and _texts_are_cached(args, family, files, rates)
+        cached = cache_needs(args, index, seed, family.bytes_of_text(files) if ahead else 0)
+    problems.found += check_writable({need.folder for need in cached})
+    unwritable = output_problems(Path(args.output_dir)) if args.output_dir else []
+    problems.found += unwritable
     plan = None
     if index is not None and rates is not None:
         plan = _plan(args, files, index, rates, prompts or [], seed, world_size)
         problems.found += start_problems(args, plan.length)
         schedule = scheduler_settings(args, plan.length.max_steps)
         problems.found += check_schedule(schedule, args.learning_rate, args.optimizer_type, args.optimizer_args)
+        if args.output_dir and not unwritable:
+            problems.found += room_problems([saving_need(args, plan.length, outcome), *cached])
+        if state is not None and not problems.found:
+            problems.found += resume_problems(state, args, plan, LEFT_TO_THE_PLAN if args.memory_plan else ())
     problems.raise_if_any()
     assert plan is not None
     return plan
 
 
-def run_seed(args: argparse.Namespace) -> int:
+def setting_problems(args: argparse.Namespace, rates: LearningRates | None) -> list[str]:
+    """What is wrong with options that need neither model nor dataset. rates: None where they are wrong themselves."""
+    problems = check_flow(flow_settings(args)) + check_loss(loss_settings(args))
+    if rates is not None:
+        given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
+        if not given:
+            problems.append(
+                "Nothing would be trained: the learning rate of every part is 0, or --dim_from_weights has no LoRA for the others."
+                " Raise --learning_rate or --unet_lr."
+            )
+        problems += check_optimizer(args.optimizer_type, args.optimizer_args, given)
+    problems += tracking_problems(tracking_settings(args))
+    if args.metadata_thumbnail:
+        problems += _problems_of(lambda: thumbnail_url(args.metadata_thumbnail))
+    return problems
+
+
+def data_problems(args: argparse.Namespace, index: DatasetIndex) -> list[str]:
+    """What in the dataset goes against the options. Its own warnings are logged."""
+    for warning in index.warnings:
+        logger.warning(warning)
+    subsets = [subset for dataset in index.training for subset in dataset.settings.subsets]
+    if args.masked_loss and not any(subset.alpha_mask or subset.style == "mask" for subset in subsets):
+        logger.warning(
+            "--masked_loss changes nothing: no subset has masks. Give conditioning_data_dir, or alpha_mask for alpha channels."
+        )
+    problems = frozen_chance(index.training) if args.cache_latents else []
+    if args.cache_text_encoder_outputs:
+        problems += _problems_of(lambda: refuse_lost_chance(index.training, args.text_cache_variants))
+    return problems
+
+
+def run_seed(args: argparse.Namespace, state: SavedState | None) -> int:
     """--seed; without it that of the state to resume from, or a random one."""
     if args.seed is not None:
         return args.seed
-    state = state_to_resume(args)
     return random.SystemRandom().randrange(2**32) if state is None else state.options["seed"]
-
-
-def state_to_resume(args: argparse.Namespace) -> SavedState | None:
-    """What --resume means: a folder, or with `auto` the newest whole state of this output name, if there is one."""
-    if not args.resume:
-        return None
-    if args.resume != "auto":
-        return open_state(Path(args.resume))
-    return newest_state(Path(args.output_dir), args.output_name or "last") if args.output_dir else None
 
 
 def index_data(args: argparse.Namespace, seed: int) -> DatasetIndex:
@@ -188,25 +226,16 @@ def rates_of_file(rates: LearningRates, path: str) -> LearningRates:
     return rates.only(parts)
 
 
-def output_problems(folder: Path) -> list[str]:
-    """What would keep the run from saving."""
-    existing = next((parent for parent in [folder, *folder.parents] if parent.exists()), Path())
-    if not existing.is_dir():
-        return [f"--output_dir {folder}: {existing} is a file, not a folder."]
-    if not os.access(existing, os.W_OK):
-        return [f"--output_dir {folder}: {existing} is not writable. Choose a folder that is."]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, prefix=".write-test-"):
-            pass
-    except OSError as error:
-        return [
-            f"--output_dir {folder}: nothing can be written there ({error.strerror or error}). Choose another folder."
-        ]
-    free = shutil.disk_usage(folder).free
-    if free < ROOM_WANTED:
-        return [f"--output_dir {folder}: {free >> 20} MiB are free on that disk, {ROOM_WANTED >> 20} MiB are wanted."]
-    return []
+def _sizes(index: DatasetIndex | None, prompts: list[PreviewPrompt]) -> list[Size]:
+    """Every (W, H) that is trained, validated or shown."""
+    datasets = [] if index is None else [*index.training, *index.validation]
+    return sorted({size for d in datasets for size in d.buckets} | {(p.width, p.height) for p in prompts})
+
+
+def _texts_are_cached(args: argparse.Namespace, family: ModelChecks, files: Any, rates: LearningRates) -> bool:
+    trains = dict(zip(family.encoder_names(), rates.trained_text_encoders))
+    roles = encoder_roles(family.present_encoders(files), trains, args.cache_text_encoder_outputs)
+    return bool(roles.ahead)
 
 
 def _plan(
@@ -232,3 +261,9 @@ def _try(problems: Problems, do: Callable[[], T]) -> T | None:
     except UserError as error:
         problems.collect(error)
         return None
+
+
+def _problems_of(do: Callable[[], object]) -> list[str]:
+    problems = Problems()
+    _try(problems, do)
+    return problems.found

@@ -40,11 +40,11 @@ from library.sd3.conditioning import (
     to_context,
 )
 from library.sd3.mmdit import MMDiT, MMDiTConfig
-from library.sd3.models import load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
+from library.sd3.models import empty_mmdit, load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
 from library.sd3.sampling import SAMPLERS
 from library.sd3.text_encoder_sizes import check_text_encoder
-from library.sd3.text_encoders import checkpoint_layers
+from library.sd3.text_encoders import checkpoint_layers, empty_encoder
 from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
 from library.sd3.tokenizers import load_tokenizers
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
@@ -55,6 +55,7 @@ from library.training.seeds import DrawGenerators
 from networks.lora_file import check_lora_file
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block
 from networks.network_modules import network_module
+from networks.parameter_groups import LearningRates
 
 logger = logging.getLogger(__name__)
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
@@ -159,7 +160,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         args, files = self.args, self.plan.files
         for note in missing_encoder_notes(files):
             logger.warning(note)
-        present = [name for name, part in files.encoders().items() if part is not None]
+        present = self.present_encoders(files)
         t5_dtype, t5_format = parse_t5_dtype(args.t5xxl_dtype, self.precision.dtype)
         if args.fp8_base and not args.fp8_base_unet and t5_format is None:
             t5_format = "fp8"
@@ -197,8 +198,16 @@ class Sd3NetworkTrainer(NetworkTrainer):
     def checkpoint_encoder(self, encoder: nn.Module) -> None:
         checkpoint_layers(encoder)
 
-    def bytes_of_text(self) -> int:
-        sizes = self.context_sizes
+    def present_encoders(self, files: ModelFiles) -> list[str]:
+        return [name for name, part in files.encoders().items() if part is not None]
+
+    def empty_models(self, files: ModelFiles, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]:
+        parts = zip(files.encoders().values(), rates.trained_text_encoders)
+        encoders = [empty_encoder(part) if part is not None and trained else None for part, trained in parts]
+        return encoders, empty_mmdit(files.mmdit) if rates.unet > 0 else None
+
+    def bytes_of_text(self, files: ModelFiles) -> int:
+        sizes = ContextSizes.from_files(files, self.args.t5xxl_max_token_length)
         numbers = sizes.clip_tokens * sizes.pooled + sizes.t5_tokens * sizes.context + sizes.pooled
         return numbers * self.precision.dtype.itemsize
 
@@ -215,6 +224,11 @@ class Sd3NetworkTrainer(NetworkTrainer):
             encoding = apply_dropout(encoding, self.dropout, draws.cpu)
         context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
         return context, pooled, self.position_embedding(batch.size, training)
+
+    def bytes_of_saved_encoders(self, files: ModelFiles) -> int:
+        parts = [files.encoders()[name] for name in encoders_to_save(self.args.save_clip, self.args.save_t5xxl)]
+        spans = [info.offsets for part in parts if part is not None for info in part.tensors.values()]
+        return sum(end - start for start, end in spans)
 
     def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
         names = encoders_to_save(self.args.save_clip, self.args.save_t5xxl)
@@ -249,9 +263,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
             return ""
         free = room(args, self.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         everyone = self.gather([free])  # all processes are to choose the same
-        free = replace(
-            free, device=min(each.device for each in everyone), host=min(each.host for each in everyone)
-        )
+        free = replace(free, device=min(each.device for each in everyone), host=min(each.host for each in everyone))
         chosen = plan_memory(args, self.plan, self.device, self.precision, self.accelerator.num_processes, free)
         apply_plan(args, chosen)
         if not args.dry_run and self.accelerator.is_main_process:

@@ -128,7 +128,7 @@ def check_writable(folders: set[Path]) -> list[str]:
     for folder in sorted(folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=folder, prefix=".cache-"):  # a name that no other machine tries at the same time
+            with NamedTemporaryFile(dir=folder, prefix=".cache-"):  # no other machine tries the same name
                 pass
         except OSError as error:
             problems.append(_write_problem(folder, error))

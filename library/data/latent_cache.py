@@ -124,15 +124,20 @@ class LatentCache:
 
     def check(self, missing: Sequence[Entry]) -> list[str]:
         """Problems that would stop `fill`: chance that would be lost, folders that cannot be written, too little room."""
-        if self.frozen or not self.settings.on_disk:
-            return self.frozen
+        needed = self.bytes_needed(missing)
+        return self.frozen or check_writable(set(needed)) or room_problems(needed)
+
+    def bytes_needed(self, missing: Sequence[Entry]) -> dict[Path, int]:
+        """What the files to be made take in each folder."""
         needed: dict[Path, int] = {}
+        if not self.settings.on_disk:
+            return needed
         for entry in missing:
             cells = entry.record.bucket[0] * entry.record.bucket[1] // LATENT_CELL**2
             size = 4 * cells * (LATENT_CHANNELS * (1 + entry.flipped) + 1)
             folder = self._path(entry).parent
             needed[folder] = needed.get(folder, 0) + size
-        return check_writable(set(needed)) or room_problems(needed)
+        return needed
 
     def share(self, missing: Sequence[Entry], rank: int, processes: int) -> list[Entry]:
         """What one process makes of files that all have found missing; all of a cache in memory, which is its own."""

@@ -109,13 +109,16 @@ class TextCache:
 
     def check(self, missing: Sequence[str]) -> list[str]:
         """Problems that would stop `fill`: folders that cannot be written, disks with too little room."""
-        if not self.settings.on_disk:
-            return []
+        needed = self.bytes_needed(missing)
+        return check_writable(set(needed)) or room_problems(needed)
+
+    def bytes_needed(self, missing: Sequence[str]) -> dict[Path, int]:
+        """What the files to be made take in each folder."""
         needed: dict[Path, int] = {}
-        for path in missing:
+        for path in missing if self.settings.on_disk else ():
             folder = self._path(path).parent
             needed[folder] = needed.get(folder, 0) + self.settings.bytes_each * len(self.stored[path])
-        return check_writable(set(needed)) or room_problems(needed)
+        return needed
 
     def fill(self, missing: Sequence[str], encode: EncodeCaptions, chunk: int = 1024) -> None:
         """Encode each distinct text of the missing images once, `chunk` texts a call, and the further texts that are missing."""

@@ -113,8 +113,10 @@ class HubUploader:
             self.api.upload_file(path_or_fileobj=str(path), **common)
 
 
-def fetch_state(wanted: str, folder: Path, token: str | None) -> Path:
+def fetch_state(wanted: str, folder: Path, token: str | None, files: str = "*") -> Path:
     """Download a state: `user/repo/path[:revision[:type]]` -> the local state folder, under `folder`.
+
+    files: a pattern for the names of those that are wanted.
 
     UserError names what is wrong with the text, or why it cannot be had.
     """
@@ -133,13 +135,19 @@ def fetch_state(wanted: str, folder: Path, token: str | None) -> Path:
             f"{user}/{repo}",
             repo_type=repo_type or "model",
             revision=revision or None,
-            allow_patterns=f"{path.strip('/')}/*",
+            allow_patterns=f"{path.strip('/')}/{files}",
             local_dir=str(folder),
             token=token,
         )
     except Exception as error:
-        raise UserError(f"--resume {wanted}: the state cannot be downloaded ({_first_line(error)}).") from error
-    return Path(root) / path.strip("/")
+        raise UserError(
+            f"--resume {wanted}: the state cannot be downloaded ({_first_line(error)}). "
+            "Check the name and --huggingface_token, or download the folder and give its path."
+        ) from error
+    state = Path(root) / path.strip("/")
+    if not state.is_dir():
+        raise UserError(f"--resume {wanted}: the repository {user}/{repo} holds no folder {path.strip('/')}.")
+    return state
 
 
 def _first_line(error: BaseException) -> str:

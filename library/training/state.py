@@ -91,7 +91,8 @@ def write_state(folder: Path, snapshot: Snapshot, rank: int = 0, barrier: Any = 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     wait()
-    _save(temporary / f"random_states_{rank}.pt", snapshot.random_states)
+    if temporary.is_dir():  # not on other machines' disks; steps seed their draws themselves, so nothing is lost
+        _save(temporary / f"random_states_{rank}.pt", snapshot.random_states)
     if rank == 0:
         save_safetensors(temporary / "model.safetensors", snapshot.weights)
         for name, state in snapshot.components.items():
@@ -134,15 +135,15 @@ class SavedState:
         return _load(path) if path.exists() else None
 
 
-def open_state(folder: Path) -> SavedState:
-    """Read a state's position. UserError if the folder is not a whole state of ours."""
+def open_state(folder: Path, whole: bool = True) -> SavedState:
+    """Read a state's position. UserError if the folder is not a state of ours; `whole`: or lacks the weights."""
     path = folder / POSITION_FILE
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: there is no such folder. Give a folder that ends in -state, or auto.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         position = Position(**facts["position"])
-        if not (folder / "model.safetensors").is_file():
+        if whole and not (folder / "model.safetensors").is_file():
             raise ValueError("model.safetensors is missing")
         return SavedState(folder, position, dict(facts["options"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -106,4 +106,4 @@ def test_a_preview_prompt_file_with_a_mistake(workshop: Workshop, tmp_path: Path
 @pytest.mark.parametrize("words", [("--network_train_unet_only",), ("--text_encoder_lr", "0")])
 def test_a_run_that_would_train_nothing(workshop: Workshop, tmp_path: Path, capsys, words):
     assert main(workshop.arguments(tmp_path, *words, unet_lr="0")) == 2
-    assert "Nothing would be trained: the learning rate of every part is 0." in capsys.readouterr().err
+    assert "Nothing would be trained: the learning rate of every part is 0" in capsys.readouterr().err
