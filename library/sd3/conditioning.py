@@ -160,7 +160,7 @@ def encode_captions(
         ids, mask = _tokenize(tokenizers.t5, "t5xxl", distinct, settings.t5_tokens)
         found["t5"] = encode_t5(t5, ids, mask if settings.mask_t5 else None)
     if len(distinct) < len(captions):
-        found = {name: tensor[order.to(tensor.device)] for name, tensor in found.items()}
+        found = {name: tensor[order.to(tensor.device, non_blocking=True)] for name, tensor in found.items()}
     return TextEncoding(**found)
 
 
@@ -232,8 +232,9 @@ def _without_padding(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _to_model(model: nn.Module, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    device = next(model.parameters()).device
-    return ids.to(device), mask.to(device) if mask is not None else None
+    device = next(model.parameters()).device  # sent without waiting for what the device is still doing
+    sent = None if mask is None else mask.to(device, non_blocking=True)
+    return ids.to(device, non_blocking=True), sent
 
 
 def _tokenize(tokenizer: Tokenizer | None, name: str, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:

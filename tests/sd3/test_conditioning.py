@@ -1,5 +1,7 @@
 """The conditioning equals diffusers' on the same weights and tokens; masks, dropout and missing encoders do what they say."""
 
+import sys
+
 import pytest
 import torch
 
@@ -185,6 +187,21 @@ def test_equal_captions_are_encoded_once_and_given_back_in_order(tokenizers, enc
         alone = encode_captions([caption], tokenizers, SETTINGS, **encoders)
         for name, tensor in found.to_dict().items():
             torch.testing.assert_close(tensor[index], getattr(alone, name)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_sent_to_the_encoders_device_is_not_waited_for(tokenizers, encoders, monkeypatch):
+    """A plain copy to a GPU first waits for all that it is still computing, the step before for instance."""
+    sent: list[bool] = []
+    to = torch.Tensor.to
+
+    def noted(tensor: torch.Tensor, *args, **more):
+        if sys._getframe(1).f_code.co_filename == encode_captions.__code__.co_filename:
+            sent.append(more.get("non_blocking", False))
+        return to(tensor, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    encode_captions(["a cat", "a dog", "a cat"], tokenizers, TextSettings(8, mask_clip=True, mask_t5=True), **encoders)
+    assert sent and all(sent)
 
 
 def test_dicts_and_rows_carry_everything_there_and_back(encoding):
