@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,70 @@ def test_a_preview_prompt_file_with_a_mistake(workshop: Workshop, tmp_path: Path
 def test_a_run_that_would_train_nothing(workshop: Workshop, tmp_path: Path, capsys, words):
     assert main(workshop.arguments(tmp_path, *words, unet_lr="0")) == 2
     assert "Nothing would be trained: the learning rate of every part is 0" in capsys.readouterr().err
+
+
+def test_what_was_found_late_before_is_in_the_list(workshop: Workshop, tmp_path: Path, hub, monkeypatch, capsys):
+    """Caches that cannot be written, chance that they would freeze, a full disk, a network that cannot be saved as asked, and a
+    state on a Hub that cannot be reached: told together."""
+    hub.shutdown()
+    hub.server_close()
+    (tmp_path / "file").write_text("x")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    words = workshop.arguments(
+        tmp_path / "out",
+        *("--color_aug", "--cache_latents_to_disk", "--cache_dir", str(tmp_path / "file" / "caches")),
+        *("--resume", "me/lora/x-state", "--resume_from_huggingface"),
+        *("--network_args", "use_dora=True", "--save_format", "both"),
+    )
+    told = complaint(words, capsys)
+    for part in (
+        "color_aug would be lost by --cache_latents",
+        "caches: cache files cannot be written there (Not a directory)",
+        "me/lora/x-state: the state cannot be downloaded",
+        "this network is a DoRA, which diffusers does not read",
+        "has 0.00 GiB free, and the run will need about 0.06 GiB",
+    ):
+        assert part in told, part
+    assert [line[:2] for line in told.splitlines() if line[1:2] == "."] == [f"{number}." for number in range(1, 7)]
+
+
+def test_weights_that_do_not_fit_the_network_are_told_before_models_are_loaded(
+    workshop: Workshop, tmp_path: Path, capsys
+):
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    path = tmp_path / "start.safetensors"
+    save_file({f"{name}.lora_down.weight": torch.zeros(4, 128), f"{name}.lora_up.weight": torch.zeros(384, 4)}, path)
+    told = complaint(
+        workshop.arguments(tmp_path / "out", "--network_args", "verbose=maybe", network_weights=path), capsys
+    )
+    assert "verbose" in told  # a network that cannot be made is not compared
+    told = complaint(workshop.arguments(tmp_path / "out", network_weights=path, network_dim=2), capsys)
+    assert "start.safetensors" in told and "Give the same --network_dim" in told
+
+
+def test_a_state_that_does_not_fit_is_told_before_models_are_loaded(workshop: Workshop, tmp_path: Path, capsys):
+    folder = tmp_path / "lora-state"
+    folder.mkdir()
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    facts = {"position": {"epoch": 1, "batch": 0, "step": 6}, "options": {"network_dim": 4, "seed": 7}}
+    (folder / "train_state.json").write_text(json.dumps(facts), encoding="utf-8")
+    told = complaint(workshop.arguments(tmp_path / "out", resume=folder, network_dim=8), capsys)
+    assert "options that shape the run have changed" in told and "network_dim: 4 -> 8" in told
+    assert "the state is at step 6, and the run is to end at 6" in told
+    assert "optimizer.pt is missing" in told
+
+
+def test_of_a_state_on_the_hub_the_position_alone_is_fetched_before_the_checks(
+    workshop: Workshop, tmp_path: Path, hub, capsys
+):
+    facts = {"position": {"epoch": 1, "batch": 0, "step": 6}, "options": {"network_dim": 4, "seed": 7}}
+    hub.repos["me/lora"] = {"x-state/train_state.json": json.dumps(facts).encode(), "x-state/model.safetensors": b"w"}
+    place = ("--resume", "me/lora/x-state", "--resume_from_huggingface")
+    told = complaint(workshop.arguments(tmp_path, *place), capsys)
+    assert "network_dim: 4 -> None" in told
+    assert [path.name for path in (tmp_path / "hub_states" / "x-state").iterdir()] == ["train_state.json"]
+    told = complaint(
+        workshop.arguments(tmp_path, "--resume", "me/lora/none-state", "--resume_from_huggingface"), capsys
+    )
+    assert "the repository me/lora holds no folder none-state" in told
