@@ -107,7 +107,9 @@ class NetworkTrainer(ModelFamily):
         self.hub = self.told_later(self.start_uploads)
         with self.accelerator.local_main_process_first():  # one process of each machine downloads
             self.state = self.told_later(lambda: state_to_resume(self.args))
-        self.problems += unlike_starts(self.gather([self.state and self.state.position]), self.args.resume)
+        self.problems += unlike_starts(
+            self.gather([None if self.state is None else self.state.position]), self.args.resume
+        )
         processes = self.accelerator.num_processes
         self.plan = plan_run(self.args, self, self.problems, processes, lambda seed: self.gather([seed])[0], self.state)
         self.memory = self.plan_memory()
@@ -181,10 +183,12 @@ class NetworkTrainer(ModelFamily):
     def show_plan(self) -> None:
         """What would be trained, without training: `--dry_run` and `--debug_dataset`, which draws sheets of the images too."""
         args, plan = self.args, self.plan
+        if not self.accelerator.is_main_process:
+            return
         print(plan.text(args.gradient_accumulation_steps))
         if self.memory:
             print(f"\n{self.memory}")
-        if not args.debug_dataset or not self.accelerator.is_main_process:
+        if not args.debug_dataset:
             return
         settings = replace(self.loader_settings(), workers=0, pin_memory=False)
         for kind, batches in (("training", plan.training), ("validation", plan.validation)):
@@ -410,7 +414,8 @@ class NetworkTrainer(ModelFamily):
 
     def doing(self, what: str) -> AbstractContextManager[None]:
         """Inside it, a full memory is told with what was being done and what would make it fit."""
-        return told_clearly(what, self.device, memory_advice(self.args))
+        whole_copies = self.accelerator.num_processes > 1 and self.sharing.base is None
+        return told_clearly(what, self.device, memory_advice(self.args, whole_copies))
 
     # --- inside ----------------------------------------------------------------------------------------------------
 

@@ -111,8 +111,11 @@ def start_problems(args: argparse.Namespace, length: RunLength) -> list[str]:
     ]
 
 
-def memory_advice(args: argparse.Namespace) -> list[str]:
-    """Options that the run does not use yet and that lower its peak, in order of what they cost."""
+def memory_advice(args: argparse.Namespace, whole_copies: bool = False) -> list[str]:
+    """Options that the run does not use yet and that lower its peak, in order of what they cost.
+
+    whole_copies: there are several processes, each with the whole model.
+    """
     steps = [
         (args.memory_plan is None, "--memory_plan auto (chooses among the options below what fits)"),
         (
@@ -130,6 +133,7 @@ def memory_advice(args: argparse.Namespace) -> list[str]:
         (not args.fp8_base and not args.base_quantization, "--fp8_base_unet (base weights in eight bits)"),
         (args.optimizer_type == "AdamW", "--optimizer_type AdamW8bit"),
         (not args.cpu_offload_checkpointing and not args.blocks_to_swap, "--cpu_offload_checkpointing"),
+        (whole_copies, "docs/configs/fsdp2.yaml for accelerate launch (shares the model out over the devices)"),
         (True, "a lower resolution"),
     ]
     return [text for useful, text in steps if useful]

@@ -8,6 +8,7 @@ import pytest
 
 from library.memory.sharding import ShardSettings
 from library.options.resolve import resolve_options
+from library.run_settings import memory_advice
 from library.run_sharing import (
     Sharing,
     plain_launch,
@@ -117,3 +118,8 @@ def test_machines_that_found_different_states_are_told_to_copy_one():
     assert unlike_starts([None, None], "auto") == unlike_starts([three, Position(step=3)], "auto") == []
     (told,) = unlike_starts([three, None, five], "auto")
     assert "no state, one at step 3, one at step 5" in told and "--resume auto" in told
+
+
+def test_a_full_memory_with_several_whole_models_is_told_of_sharing():
+    assert not any("fsdp2.yaml" in advice for advice in memory_advice(options()))
+    assert any("fsdp2.yaml" in advice for advice in memory_advice(options(), whole_copies=True))
