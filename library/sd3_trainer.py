@@ -23,8 +23,8 @@ from library.memory.arrange import MemorySettings, arrange
 from library.memory.block_swap import swap_limit
 from library.memory.compile_backend import backend_problems
 from library.memory.quantize import quantise
-from library.memory.visiting import visiting
 from library.memory.sharding import ShardedModel, ShardSettings
+from library.memory.visiting import visiting
 from library.network_trainer import NetworkTrainer
 from library.run_memory import apply_plan, plan_memory, room, wants_plan
 from library.run_settings import checkpoint_settings
@@ -39,6 +39,7 @@ from library.sd3.conditioning import (
     missing_encoder_notes,
     to_context,
 )
+from library.sd3.encoder_outline import encoder_outline
 from library.sd3.mmdit import MMDiT, MMDiTConfig
 from library.sd3.models import empty_mmdit, load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
@@ -52,6 +53,7 @@ from library.training.metadata import FamilyFacts
 from library.training.previews import Previewer, PreviewSettings
 from library.training.prompts import PreviewPrompt
 from library.training.seeds import DrawGenerators
+from networks import lora_sd3
 from networks.lora_file import check_lora_file
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block
 from networks.network_modules import network_module
@@ -203,7 +205,9 @@ class Sd3NetworkTrainer(NetworkTrainer):
 
     def empty_models(self, files: ModelFiles, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]:
         parts = zip(files.encoders().values(), rates.trained_text_encoders)
-        encoders = [empty_encoder(part) if part is not None and trained else None for part, trained in parts]
+        # LyCORIS chooses layers by the classes of transformers, which take seconds to load
+        make = encoder_outline if network_module(self.args.network_module) is lora_sd3 else empty_encoder
+        encoders = [make(part) if part is not None and trained else None for part, trained in parts]
         return encoders, empty_mmdit(files.mmdit) if rates.unet > 0 else None
 
     def bytes_of_text(self, files: ModelFiles) -> int:
