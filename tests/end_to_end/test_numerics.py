@@ -97,13 +97,13 @@ class Reference:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def merged(self, part: str, lora: Mapping[str, Tensor], strength: float = 1.0) -> Weights:
-        """A part's weights with the LoRA in them: W + strength * alpha / rank * Up Down, as readers of the file do it."""
+    def merged(self, part: str, lora: Mapping[str, Tensor], onto: Weights | None = None) -> Weights:
+        """A part's weights (or `onto`) with the LoRA in them: W + alpha / rank * Up Down, as readers of the file do it."""
         names = {LORA_PREFIXES[part] + key.removesuffix(".weight").replace(".", "_"): key for key in self.parts[part]}
-        weights = dict(self.parts[part])
+        weights = dict(onto or self.parts[part])
         for name in {key.partition(".")[0] for key in lora if key.startswith(LORA_PREFIXES[part])}:
             up, down = lora[f"{name}.lora_up.weight"].double(), lora[f"{name}.lora_down.weight"].double()
-            change = strength * lora[f"{name}.alpha"].double() / down.shape[0] * (up @ down)
+            change = lora[f"{name}.alpha"].double() / down.shape[0] * (up @ down)
             weights[names[name]] = weights[names[name]] + change
         return weights
 
@@ -274,6 +274,10 @@ def assert_same(found: Weights, wanted: Weights, error: float = 1e-4) -> None:
         assert (found[key] - gradient).norm() <= error * gradient.norm(), (key, found[key].norm(), gradient.norm())
 
 
+def at_strength(lora: Mapping[str, Tensor], strength: float) -> Weights:
+    return {key: strength * tensor if key.endswith("alpha") else tensor for key, tensor in lora.items()}
+
+
 def mean_loss(reference: Reference, lora: Weights, samples: list[Sample]) -> Tensor:
     """sd-scripts' default, the square error of x0, of samples of one caption; only the denoiser has a LoRA."""
     context, pooled = reference.text(CAPTION, {})
@@ -373,6 +377,34 @@ def test_a_mask_weighs_the_latents_cells_by_their_opacity(
     velocity = reference.velocity(reference.merged("mmdit", lora), sample.noisy, sample.t, context, pooled)
     loss = ((sample.sigma * sample.residual(velocity)).square() * mask).mean()
     assert_same(done.gradients, gradients(loss, lora))
+
+
+def test_base_weights_are_part_of_the_model_and_take_no_gradient(
+    place: Workshop, reference: Reference, start: Path, unet_start: Path, tmp_path: Path
+):
+    words = {"base_weights": start, "base_weights_multiplier": 0.7}
+    done = step(place, tmp_path, unet_start, UNET, **words)
+    base, lora = at_strength(load_file(start), 0.7), leaves(unet_start)
+    (sample,) = live_samples(reference, [place.folder / "images/0.png"], draws())
+    weights = reference.merged("mmdit", lora, onto=reference.merged("mmdit", base))
+    velocity = reference.velocity(weights, sample.noisy, sample.t, *reference.text(CAPTION, base))
+    loss = (sample.sigma * sample.residual(velocity)).square().mean()
+    assert_same(done.gradients, gradients(loss, lora))
+
+
+def test_a_datasets_multiplier_and_what_it_preserves(
+    place: Workshop, reference: Reference, unet_start: Path, tmp_path: Path
+):
+    """The LoRA at half its strength is pulled towards what the base model says of the same noisy image."""
+    subset = f"image_dir = {str(place.folder / 'images')!r}\ncustom_attributes.diff_output_preservation = true"
+    data = dataset_file(tmp_path / "data.toml", [subset], "batch_size = 1\nnetwork_multiplier = 0.5")
+    done = step(place, tmp_path / "out", unet_start, UNET, dataset_config=data)
+    (sample,) = live_samples(reference, [place.folder / "images/0.png"], draws())
+    lora, text = leaves(unet_start), reference.text(CAPTION, {})
+    weights = reference.merged("mmdit", at_strength(lora, 0.5))
+    wanted = reference.velocity(reference.parts["mmdit"], sample.noisy, sample.t, *text)
+    velocity = reference.velocity(weights, sample.noisy, sample.t, *text)
+    assert_same(done.gradients, gradients((sample.sigma * (velocity - wanted)).square().mean(), lora))
 
 
 # --- all parts, the file and the picture ---------------------------------------------------------------------------------
