@@ -36,8 +36,12 @@ def launch(launcher: list[str], arguments: list[str], more: dict[str, str] | Non
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    """What it told; fails where it did not end well."""
-    _, told = process.communicate(timeout=240)
+    """What it told; fails where it did not end well. One that hangs is ended: the launcher takes its processes along."""
+    try:
+        _, told = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
     assert process.returncode == 0, told[-4000:]
     return told
 

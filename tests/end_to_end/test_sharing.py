@@ -30,6 +30,16 @@ a hill --w 64 --h 64 --s 2 --d 3 --ss heun
 """
 
 
+# beside the workshop's: processes meet batches that ask the base model too, and batches that don't, at the same time
+PRESERVED = """
+[[datasets]]
+batch_size = 1
+  [[datasets.subsets]]
+  image_dir = {images!r}
+  custom_attributes = {{ diff_output_preservation = true }}
+"""
+
+
 class Runs:
     """Runs of one and the same training."""
 
@@ -37,12 +47,15 @@ class Runs:
         self.workshop, self.folder = workshop, folder
         self.told: dict[str, str] = {}
         (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+        self.dataset = folder / "dataset.toml"
+        preserved = PRESERVED.format(images=str(workshop.folder / "images"))
+        self.dataset.write_text(workshop.dataset.read_text(encoding="utf-8") + preserved, encoding="utf-8")
         self.environment = stand_in_for_deepspeed(folder / "packages")
 
     def run(self, name: str, config: Path, *more: str) -> str:
         """Train; returns what the processes told."""
         words = ("--sample_prompts", str(self.folder / "prompts.txt"), *EVERYTHING, *more)
-        arguments = self.workshop.arguments(self.folder / name, *words, max_train_steps=4)
+        arguments = self.workshop.arguments(self.folder / name, *words, dataset_config=self.dataset, max_train_steps=4)
         launcher = ["--config_file", str(config), "--main_process_port", str(free_port())]
         self.told[name] = finished(launch(launcher, arguments, self.environment))
         return self.told[name]
