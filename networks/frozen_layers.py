@@ -7,6 +7,8 @@ from typing import TypeAlias, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from library.memory.quantize import QuantisedLinear
+
 FrozenLayer: TypeAlias = nn.Linear | nn.Conv2d
 PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,35 +29,21 @@ def plain_weight(layer: FrozenLayer) -> Tensor | None:
 
 @torch.no_grad()
 def dense_weight(layer: FrozenLayer) -> Tensor:
-    """The effective weight in float32 [out, in, ...]; that of a quantised Linear is what it does to the unit vectors."""
+    """The effective weight in float32 [out, in, ...]: of a quantised Linear what its products are computed with."""
     weight = plain_weight(layer)
-    if weight is not None:
-        return weight.float()
-    assert isinstance(layer, nn.Linear)
-    device = layer.weight.device
-    identity = torch.eye(layer.in_features, device=device, dtype=_compute_dtype(layer))
-    bias = torch.zeros((), device=device) if layer.bias is None else layer.bias.float()
-    return (layer.forward(identity).float() - bias).t().contiguous()
+    return (_widened(layer) if weight is None else weight).float()
 
 
+@torch.no_grad()
 def left_product(u: Tensor, layer: FrozenLayer) -> Tensor:
-    """u [rows, out] times the weight [out, in] -> [rows, in] in float32, without a gradient.
-
-    A quantised Linear gives it as the vector-Jacobian product of its own forward.
-    """
+    """u [rows, out] times the weight [out, in] -> [rows, in] in float32, without a gradient."""
     weight = plain_weight(layer)
-    if weight is not None:
-        return (u.detach().to(weight.dtype) @ weight.flatten(1)).float()
-    assert isinstance(layer, nn.Linear)
-    with torch.enable_grad():
-        probe = torch.zeros(
-            u.shape[0], layer.in_features, device=u.device, dtype=_compute_dtype(layer), requires_grad=True
-        )
-        out = layer.forward(probe)
-        (product,) = torch.autograd.grad(out, probe, u.detach().to(out.dtype))
-    return product.float()
+    weight = _widened(layer) if weight is None else weight
+    return (u.to(weight.dtype) @ weight.flatten(1)).float()
 
 
-def _compute_dtype(layer: nn.Linear) -> torch.dtype:
-    """The dtype of activations that a quantised layer takes: its bias tells, float32 where it has none."""
-    return torch.float32 if layer.bias is None else layer.bias.dtype
+def _widened(layer: FrozenLayer) -> Tensor:
+    """A quantised layer's weight in the dtype of activations that it takes: its bias tells, float32 where it has none."""
+    assert isinstance(layer, QuantisedLinear)
+    dtype = torch.float32 if layer.bias is None else layer.bias.dtype
+    return layer.widen(layer.weight, layer.weight_scale, layer.shape, dtype)

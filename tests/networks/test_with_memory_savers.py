@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from library.memory.block_swap import BlockSwapper
 from library.memory.quantize import in_joint_blocks, quantise
 from library.sd3.mmdit import MMDiT, call_block
+from networks.dora import DoRALayer
+from networks.frozen_layers import dense_weight, left_product
 from networks.lora import LoRANetwork
+from networks.lora_layer import LayerSettings
 from networks.network_modules import network_module
 from tests.networks.models import mmdit_inputs, relative_error, tiny_mmdit, trained
 
@@ -74,6 +77,33 @@ def test_quantised_base_acts_as_its_effective_weights(name: str, kind: str):
     assert relative_error(found, expected) < 1e-4
     for key, gradient in gradients.items():
         torch.testing.assert_close(narrow_gradients[key], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_a_quantised_weight_is_told_as_it_is_whatever_the_bias(kind: str):
+    model = nn.Sequential(nn.Linear(64, 128)).to(torch.bfloat16).requires_grad_(False)
+    model[0].bias.fill_(100.0)  # beside which bfloat16 holds little of the products
+    quantise(model, kind, lambda path: True)
+    layer = model[0]
+    wide = layer.widen(layer.weight, layer.weight_scale, layer.shape, torch.bfloat16)
+    assert torch.equal(dense_weight(layer), wide.float())
+    u = torch.randn(3, 128).bfloat16().float()
+    assert relative_error(left_product(u, layer), u @ wide.float()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_dora_on_a_quantised_layer_compiles_whole(kind: str):
+    model = nn.Sequential(nn.Linear(64, 128)).requires_grad_(False)
+    quantise(model, kind, lambda path: True)
+    made = trained(DoRALayer(model[0], LayerSettings(rank=4, alpha=2.0)), 0.1)
+    made.attach()
+    x = torch.randn(2, 64, requires_grad=True)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def forward(x: Tensor) -> Tensor:
+        return model(x)
+
+    assert relative_error(forward(x), model(x)) < 1e-5
 
 
 def test_algorithms_that_need_the_weight_say_so_on_a_quantised_base():
