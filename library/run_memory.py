@@ -95,7 +95,8 @@ def wanted_levers(args: argparse.Namespace) -> Wanted:
     quantisation = "fp8" if args.fp8_base else args.base_quantization
     free = args.memory_plan == "auto"
     swap = None if args.blocks_to_swap == "auto" or (free and args.blocks_to_swap is None) else args.blocks_to_swap or 0
-    wanted = Wanted(swap=swap)
+    lean = (True,) if args.lean_activations else (False, True) if free and not args.torch_compile else (False,)
+    wanted = Wanted(swap=swap, lean=lean)
     if settings is not None:
         policy = "selective" if settings.selective else "full"
         wanted = replace(wanted, policies=(policy,), checkpointed=settings.blocks or EVERY, offload=(settings.offload,))
@@ -114,6 +115,7 @@ def apply_plan(args: argparse.Namespace, chosen: MemoryPlan) -> None:
     args.gradient_checkpointing_blocks = levers.checkpointed if 0 < levers.checkpointed < chosen.depth else None
     args.selective_checkpointing = levers.policy == "selective"
     args.cpu_offload_checkpointing = levers.offload
+    args.lean_activations = levers.lean
     if levers.quantisation == "fp8" and not args.fp8_base:
         args.fp8_base = args.fp8_base_unet = True
     if chosen.t5_on_cpu:

@@ -212,7 +212,7 @@ class MeasuredRun:
     def live_weights(self, t5_on_cpu: bool) -> int:
         """Encoders that training needs, and the VAE where images are encoded live."""
         names = [name for name in self.live if not (name == "t5xxl" and self._t5_is_away(t5_on_cpu))]
-        return sum(self.encoder_weights[name] for name in names) + (0 if self.args.cache_latents else self.vae_weights)
+        return sum(self.encoder_weights[name] for name in names) + (self.vae_weights if self._vae_stays() else 0)
 
     def reckoner(self, t5_on_cpu: bool) -> StepReckoner:
         weights = self.live_weights(t5_on_cpu)
@@ -222,13 +222,18 @@ class MeasuredRun:
         """The most that moments other than a step need beside the denoiser's weights."""
         return max((phase.bytes for phase in self.live_phases(reckoner, 0)), default=0)
 
+    def _vae_stays(self) -> bool:
+        """Whether the VAE keeps its place on the device between encodings or previews."""
+        args = self.args
+        return not args.cache_latents or bool(args.highvram and self.plan.prompts)
+
     def live_phases(self, reckoner: StepReckoner, base: int) -> list[Phase]:
         resident = base + reckoner.trained.kept + reckoner.encoder_weights
         found = []
         if not self.args.cache_latents:
             found.append(Phase("images encoded in a step", resident + self.encode_bytes))
         if self.plan.prompts:
-            more = self.vae_weights if self.args.cache_latents else 0
+            more = 0 if self._vae_stays() else self.vae_weights
             found.append(Phase("previews: the denoiser", resident + self.preview_bytes))
             found.append(Phase("previews: the VAE", resident + more + self.decode_bytes))
         return found

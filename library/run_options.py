@@ -78,6 +78,7 @@ FREE = frozenset(
         "gradient_checkpointing",
         "gradient_checkpointing_blocks",
         "selective_checkpointing",
+        "lean_activations",
         "cpu_offload_checkpointing",
         "blocks_to_swap",
         "memory_plan",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from library.data.loader import Batch
 from library.data.settings import Size
-from library.memory.arrange import MemorySettings, arrange
+from library.memory.arrange import arrange
 from library.memory.block_swap import swap_limit
 from library.memory.compile_backend import backend_problems
 from library.memory.quantize import quantise
@@ -27,7 +27,7 @@ from library.memory.sharding import ShardedModel, ShardSettings
 from library.memory.visiting import visiting
 from library.network_trainer import NetworkTrainer
 from library.run_memory import apply_plan, plan_memory, room, wants_plan
-from library.run_settings import checkpoint_settings
+from library.run_settings import memory_settings
 from library.saved_encoders import encoders_to_save, write_encoders
 from library.sd3.checkpoint import ModelFiles, fingerprint, locate_parts
 from library.sd3.conditioning import (
@@ -282,14 +282,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
         first = self.device if args.lowram and not waits else torch.device("cpu")
         model = load_mmdit(self.plan.files.mmdit, first, self.precision.dtype, mmap)
         self.base_weights.merge([], model)
-        quantisation = "fp8" if args.fp8_base else args.base_quantization
-        settings = MemorySettings(
-            blocks_to_swap=self.blocks_to_swap(len(model.joint_blocks)),
-            checkpointing=checkpoint_settings(args),
-            compile_backend=args.dynamo_backend if args.torch_compile else None,
-            quantisation=quantisation,
-            stays=self.sharing.base is not None,
-        )
+        depth, shared_out = len(model.joint_blocks), self.sharing.base is not None
+        settings = memory_settings(args, self.blocks_to_swap(depth), stays=shared_out)
         self.swapper = arrange(model, settings, self.device)
         resolutions = [dataset.settings.resolution for dataset in self.plan.index.training]
         self.scaled_pos_embed = (

@@ -8,6 +8,7 @@ import torch
 
 from library.memory.block_swap import BlockSwapper, move_resident, spread_blocks
 from library.memory.checkpointing import ActivationOffloader, CheckpointSettings, checkpointed
+from library.memory.lean import lean
 from library.memory.quantize import in_joint_blocks, quantise
 from library.sd3.mmdit import BlockRunner, MMDiT, call_block
 
@@ -18,6 +19,7 @@ class MemorySettings:
     checkpointing: CheckpointSettings | None = None
     compile_backend: str | None = None  # torch.compile's backend; None: eager
     quantisation: str | None = None  # "fp8", "int8" or "nf4"
+    lean: bool = False  # blocks that are not checkpointed keep lean activations; not with compile_backend
     stays: bool = (
         False  # leave the weights where they are: library/memory/sharding.py moves them, a share to each process
     )
@@ -26,15 +28,19 @@ class MemorySettings:
 def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> BlockSwapper | None:
     """Move the model (on the CPU, frozen) to `device` and set its block runner. Returns the swapper, if blocks are swapped.
 
-    Call it before LoRA is attached: quantising replaces layers. From the inside out: the block (compiled if asked for), activation checkpointing, block swap.
+    Call it before LoRA is attached: quantising replaces layers. From the inside out: the block (compiled if asked for), activation
+    checkpointing or lean activations, block swap.
     """
     if settings.quantisation is not None:
         quantise(model, settings.quantisation, in_joint_blocks, device)
     blocks = list(model.joint_blocks)
     run: BlockRunner = compiled(settings.compile_backend) if settings.compile_backend else call_block
+    plain = lean(run) if settings.lean else run
     if settings.checkpointing is not None:
         offloader = ActivationOffloader(device) if settings.checkpointing.offload else None
-        run = checkpointed(run, settings.checkpointing, offloader)
+        run = checkpointed(run, settings.checkpointing, offloader, plain)
+    else:
+        run = plain
     swapper = None
     swapped = spread_blocks(len(blocks), settings.blocks_to_swap) if settings.blocks_to_swap else []
     if not settings.stays:

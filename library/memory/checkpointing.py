@@ -25,13 +25,21 @@ class CheckpointSettings:
     offload: bool = False  # keep block inputs in host memory
 
 
-def checkpointed(run: BlockRunner, settings: CheckpointSettings, offloader: ActivationOffloader | None) -> BlockRunner:
-    """`run` with activation checkpointing. The first blocks are the ones that recompute: their activations would live longest."""
+def checkpointed(
+    run: BlockRunner,
+    settings: CheckpointSettings,
+    offloader: ActivationOffloader | None,
+    otherwise: BlockRunner | None = None,
+) -> BlockRunner:
+    """`run` with activation checkpointing; blocks that are not chosen for it run by `otherwise` (None: by `run`).
+
+    The first blocks are the ones that recompute: their activations would live longest.
+    """
 
     def checkpointed_run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         wanted = settings.blocks is None or index < settings.blocks
         if not (wanted and torch.is_grad_enabled()):
-            return run(index, block, context, x, c)
+            return (otherwise or run)(index, block, context, x, c)
         options: dict[str, Any] = {"use_reentrant": False}
         if settings.selective:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
@@ -64,14 +72,15 @@ class ActivationOffloader:
     """Keeps checkpoints (block inputs) in pinned host memory between forward and backward.
 
     Copies out run on a stream of their own while the next blocks compute; copies in are issued one block ahead in backward.
-    Host buffers are reused from step to step. On a CPU the tensors are copied between host buffers, by the same code.
+    Host buffers are reused from step to step, and by images of other sizes: they have powers of two of bytes, which is what
+    torch takes for pinned memory anyway. On a CPU the tensors are copied between host buffers, by the same code.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.streams = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.streams else None
-        self.spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self.spare: dict[int, list[Tensor]] = {}  # buffers by their bytes
         self.kept: dict[int, list[Kept]] = {}
 
     def saving(self, index: int) -> AbstractContextManager[Any]:
@@ -82,7 +91,8 @@ class ActivationOffloader:
     def _pack(self, index: int, tensor: Tensor) -> Kept | Tensor:
         if tensor.device.type != self.device.type or not tensor.is_floating_point() or tensor.dim() < 3:
             return tensor  # the timestep vector and random states are small
-        host = self._buffer(tensor)
+        buffer = self._buffer(tensor.nbytes)
+        host = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         if self.stream is None:
             host.copy_(tensor)
         else:
@@ -90,7 +100,7 @@ class ActivationOffloader:
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)
             tensor.record_stream(self.stream)
-        kept = Kept(index, host)
+        kept = Kept(index, host, buffer)
         self.kept[index].append(kept)
         return kept
 
@@ -117,16 +127,14 @@ class ActivationOffloader:
         kept.arrived = self.stream.record_event()
         return tensor
 
-    def _buffer(self, tensor: Tensor) -> Tensor:
-        spare = self.spare.get((tensor.shape, tensor.dtype))
-        if spare:
-            return spare.pop()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.streams)
+    def _buffer(self, size: int) -> Tensor:
+        rounded = 1 << (size - 1).bit_length()
+        spare = self.spare.get(rounded)
+        return spare.pop() if spare else torch.empty(rounded, dtype=torch.uint8, pin_memory=self.streams)
 
     def _give_back(self, kept: Kept) -> None:
         """The host buffer may be filled again: later copies into it run on the same stream, after the copy out of it."""
-        assert kept.host is not None
-        self.spare.setdefault((kept.host.shape, kept.host.dtype), []).append(kept.host)
+        self.spare.setdefault(kept.buffer.numel(), []).append(kept.buffer)
         kept.host = None
 
 
@@ -135,6 +143,7 @@ class Kept:
     """A tensor that waits in host memory for its backward."""
 
     index: int
-    host: Tensor | None
+    host: Tensor | None  # in `buffer`; None when it was fetched
+    buffer: Tensor
     returned: Tensor | None = None  # the copy on the device, when it was fetched ahead
     arrived: torch.cuda.Event | None = None  # on the copy stream, behind that copy

@@ -63,6 +63,7 @@ USELESS_WITH = {
 }
 EXCLUDES = (
     ("blocks_to_swap", "cpu_offload_checkpointing", "both keep things in host memory and would wait for each other"),
+    ("lean_activations", "torch_compile", "the compiler chooses by itself what to recompute"),
     ("fp8_base", "base_quantization", "both say how the frozen weights are kept"),
     ("full_fp16", "full_bf16", "weights have one number format"),
     ("use_8bit_adam", "use_lion_optimizer", "there is one optimizer"),
@@ -125,7 +126,16 @@ def _useless(args: argparse.Namespace) -> list[str]:
         for dest, other in USELESS_WITH.items()
         if is_given(args, dest) and is_given(args, other)
     ]
-    return lacking + replaced
+    return lacking + replaced + _nothing_left_to_be_lean(args)
+
+
+def _nothing_left_to_be_lean(args: argparse.Namespace) -> list[str]:
+    checkpointed = args.gradient_checkpointing or args.selective_checkpointing or args.cpu_offload_checkpointing
+    if not args.lean_activations or not checkpointed or args.gradient_checkpointing_blocks or args.memory_plan:
+        return []
+    return [
+        "--lean_activations changes nothing where all blocks are checkpointed: --gradient_checkpointing_blocks leaves some to it."
+    ]
 
 
 def _either(dests: tuple[str, ...]) -> str:

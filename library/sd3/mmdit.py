@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -89,6 +90,15 @@ class MMDiTConfig:
         return found
 
 
+Cheaply = Callable[..., Tensor]
+"""(function, *inputs) -> function(*inputs), for a function whose result is cheap to compute again."""
+
+
+def plainly(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The plain way to compute."""
+    return function(*inputs)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm of each query or key head (Zhang & Sennrich 2019)."""
 
@@ -112,12 +122,14 @@ class Attention(nn.Module):
         self.ln_q = RMSNorm(HEAD_SIZE) if qk_norm else None
         self.ln_k = RMSNorm(HEAD_SIZE) if qk_norm else None
 
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, D] -> three tensors [B, L, H, 64]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, HEAD_SIZE)).unbind(2)
-        if self.ln_q is not None and self.ln_k is not None:
-            q, k = self.ln_q(q), self.ln_k(k)
-        return q, k, v
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, L, D] -> three tensors [B, L, H, 64], not normalised yet."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, HEAD_SIZE)).unbind(2)
+
+    @property
+    def norms(self) -> tuple[RMSNorm | None, RMSNorm | None, None]:
+        """Of queries, keys and values."""
+        return self.ln_q, self.ln_k, None
 
 
 class Mlp(nn.Module):
@@ -126,8 +138,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
         self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, cheaply: Cheaply) -> Tensor:
+        return self.fc2(cheaply(gelu_tanh, self.fc1(x)))
 
 
 class SingleDiTBlock(nn.Module):
@@ -148,7 +160,12 @@ class SingleDiTBlock(nn.Module):
         return self.adaLN_modulation[1](c).unsqueeze(1).chunk(self.chunks, dim=-1)
 
     def after_attention(
-        self, x: Tensor, mods: tuple[Tensor, ...], attended: Tensor, attended2: Tensor | None = None
+        self,
+        x: Tensor,
+        mods: tuple[Tensor, ...],
+        cheaply: Cheaply,
+        attended: Tensor,
+        attended2: Tensor | None = None,
     ) -> Tensor:
         """Residual stream x [B, L, D] and attention outputs [B, L, D] -> x after attention and MLP."""
         assert self.attn.proj is not None and self.mlp is not None
@@ -156,37 +173,43 @@ class SingleDiTBlock(nn.Module):
         if self.attn2 is not None and attended2 is not None:
             assert self.attn2.proj is not None
             x = add_gated(x, mods[8], self.attn2.proj(attended2))
-        return add_gated(x, mods[5], self.mlp(normalise_and_modulate(x, mods[3], mods[4])))
+        return add_gated(x, mods[5], self.mlp(cheaply(normalise_and_modulate, x, mods[3], mods[4]), cheaply))
 
 
 class JointBlock(nn.Module):
-    """Two streams, text and image, that share one attention."""
+    """Two streams, text and image, that share one attention.
+
+    `cheaply` is the seam through which library.memory learns what is cheap to compute again in the backward pass.
+    """
 
     def __init__(self, config: MMDiTConfig, last: bool, dual_attention: bool):
         super().__init__()
         self.context_block = SingleDiTBlock(config, pre_only=last, dual_attention=False)
         self.x_block = SingleDiTBlock(config, pre_only=False, dual_attention=dual_attention)
         self.last = last
+        self.cheaply: Cheaply = plainly
 
     def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """context [B, Lc, D], x [B, Lx, D], c [B, D] (after SiLU) -> both streams. The last block leaves context as it was."""
-        context_mods = self.context_block.modulation(c)
-        x_mods = self.x_block.modulation(c)
-        text = self.context_block.attn.queries_keys_values(
-            normalise_and_modulate(context, context_mods[0], context_mods[1])
+        cheaply, of_text, of_image = self.cheaply, self.context_block, self.x_block
+        context_mods, x_mods = of_text.modulation(c), of_image.modulation(c)
+        text = of_text.attn.queries_keys_values(
+            cheaply(normalise_and_modulate, context, context_mods[0], context_mods[1])
         )
-        image = self.x_block.attn.queries_keys_values(normalise_and_modulate(x, x_mods[0], x_mods[1]))
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image))  # [B, Lc + Lx, H, 64]
-        attended = attention(q, k, v)
+        image = of_image.attn.queries_keys_values(cheaply(normalise_and_modulate, x, x_mods[0], x_mods[1]))
+        norms = zip(of_text.attn.norms, of_image.attn.norms)
+        q, k, v = (cheaply(partial(join_normed, *pair), *both) for pair, both in zip(norms, zip(text, image)))
+        attended = attention(q, k, v)  # over [B, Lc + Lx, H, 64]
         attended_text, attended_image = attended.split([context.shape[1], x.shape[1]], dim=1)
         attended2 = None
-        if self.x_block.attn2 is not None:
+        if of_image.attn2 is not None:
+            again = of_image.attn2.queries_keys_values(cheaply(normalise_and_modulate, x, x_mods[6], x_mods[7]))
             attended2 = attention(
-                *self.x_block.attn2.queries_keys_values(normalise_and_modulate(x, x_mods[6], x_mods[7]))
+                *(t if norm is None else cheaply(norm, t) for norm, t in zip(of_image.attn2.norms, again))
             )
-        x = self.x_block.after_attention(x, x_mods, attended_image, attended2)
+        x = of_image.after_attention(x, x_mods, cheaply, attended_image, attended2)
         if not self.last:
-            context = self.context_block.after_attention(context, context_mods, attended_text)
+            context = of_text.after_attention(context, context_mods, cheaply, attended_text)
         return context, x
 
 
@@ -288,6 +311,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention over [B, L, H, 64] -> [B, L, H * 64]."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(2)
+
+
+def join_normed(text_norm: RMSNorm | None, image_norm: RMSNorm | None, text: Tensor, image: Tensor) -> Tensor:
+    """Queries, keys or values of both streams, [B, Lc, H, 64] and [B, Lx, H, 64] -> [B, Lc + Lx, H, 64]."""
+    if text_norm is not None and image_norm is not None:
+        text, image = text_norm(text), image_norm(image)
+    return torch.cat((text, image), dim=1)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def normalise_and_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

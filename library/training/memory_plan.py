@@ -17,8 +17,10 @@ PRODUCT_RATE = 60e12  # operations a second that a good card reaches in bfloat16
 COPY_RATE = 12e9  # bytes a second from pinned host memory
 SLOTS = 2  # device buffers of block swap
 OFFLOAD_BUFFERS = 2  # streams on their way between host and device
+LEAN_WORK = 1.05  # norms, modulations and GELU again
 SELECTIVE_WORK = 1.06  # what torch's selective policy costs beside the work that it does again
 OFFLOAD_WORK = 1.03
+SWAP_WORK = 1.03  # copies share the memory's bandwidth with the products that they hide behind
 WIDENING_WORK: Mapping[str | None, float] = {None: 1.0, "fp8": 1.08, "int8": 1.08, "nf4": 1.25}
 
 
@@ -31,6 +33,12 @@ class Levers:
     offload: bool = False
     swap: int = 0  # blocks
     quantisation: str | None = None
+    lean: bool = False  # the blocks that are not checkpointed keep lean activations
+
+    @property
+    def uncheckpointed(self) -> str:
+        """The policy of the blocks that are not checkpointed."""
+        return "lean" if self.lean else "none"
 
     def options(self, depth: int) -> list[str]:
         """As on the command line."""
@@ -39,6 +47,7 @@ class Levers:
             found.append("--gradient_checkpointing")
             found += ["--selective_checkpointing"] * (self.policy == "selective")
             found += [f"--gradient_checkpointing_blocks {self.checkpointed}"] * (self.checkpointed < depth)
+        found += ["--lean_activations"] * self.lean
         found += ["--cpu_offload_checkpointing"] * self.offload
         found += [f"--blocks_to_swap {self.swap}"] * (self.swap > 0)
         if self.quantisation == "fp8":
@@ -94,6 +103,7 @@ class Wanted:
     policies: tuple[str, ...] = ("none", "selective", "full")
     checkpointed: int | None = None  # None: any number of blocks
     offload: tuple[bool, ...] = (False, True)
+    lean: tuple[bool, ...] = (False, True)
     swap: int | None = None  # None: any number
     quantisations: tuple[str | None, ...] = (None, "fp8")  # in the order of preference: exact before rounded
 
@@ -135,7 +145,7 @@ class StepReckoner:
         """The most that forward and backward take beside weights, block by block."""
         passes = self.models[levers.quantisation].passes
         costs = [
-            self._cost(passes, levers, levers.policy if index < levers.checkpointed else "none", index)
+            self._cost(passes, levers, levers.policy if index < levers.checkpointed else levers.uncheckpointed, index)
             for index in range(self.depth)
         ]
         live = passes["none"].before + self.encoder_activations
@@ -152,7 +162,7 @@ class StepReckoner:
 
     def _cost(self, passes: Mapping[str, PassCost], levers: Levers, policy: str, index: int) -> BlockCost:
         cost = passes[policy].blocks[index]
-        away = self.stream_bytes if levers.offload and policy != "none" else 0
+        away = self.stream_bytes if levers.offload and policy == levers.policy else 0
         return replace(cost, kept=max(0, cost.kept - away))
 
     def step_bytes(self, levers: Levers) -> StepBytes:
@@ -161,13 +171,16 @@ class StepReckoner:
 
     def seconds(self, levers: Levers) -> float:
         """Of one step, by the rough model: the frozen weights get no gradients, so backward's products are those of forward."""
-        compute = sum(2 * work.products + 3.5 * work.attention for work in self.work)
+        compute = sum(2 * work.products + 3.5 * work.attention for work in self.work[: levers.checkpointed])
+        rest = sum(2 * work.products + 3.5 * work.attention for work in self.work[levers.checkpointed :])
+        compute += rest * (LEAN_WORK if levers.lean else 1.0)
         for work in self.work[: levers.checkpointed]:
             if levers.policy == "full":
                 compute += work.products + work.attention
             elif levers.policy == "selective":
                 compute += SELECTIVE_WORK * work.products
         compute *= WIDENING_WORK[levers.quantisation] * (OFFLOAD_WORK if levers.offload else 1.0) / PRODUCT_RATE
+        compute *= SWAP_WORK if levers.swap else 1.0
         copies = 2 * sum(self.swapped(levers)) / COPY_RATE if levers.swap else 0.0
         return max(compute, copies)
 
@@ -184,9 +197,10 @@ def combinations(reckoner: StepReckoner, wanted: Wanted, quantisation: str | Non
             for offload in wanted.offload:
                 if offload and len(wanted.offload) > 1 and (policy != "full" or count < depth):
                     continue  # of a free choice: to offload some saves less than to recompute all
-                for swap in swaps:
-                    if not (offload and swap):
-                        yield Levers(policy, count, offload, swap, quantisation)
+                for lean in wanted.lean if count < depth else wanted.lean[:1]:
+                    for swap in swaps:
+                        if not (offload and swap):
+                            yield Levers(policy, count, offload, swap, quantisation, lean)
 
 
 def choose(

@@ -86,6 +86,7 @@ class MemoryPlan:
         exact = Levers(quantisation=self.levers.quantisation)
         every = [
             exact,
+            replace(exact, lean=True),
             replace(exact, policy="selective", checkpointed=depth),
             replace(exact, policy="full", checkpointed=depth),
             replace(exact, policy="full", checkpointed=depth, offload=True),

@@ -6,7 +6,7 @@ alike (same shapes, same LoRA) cost alike, so one of each kind runs and the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.checkpointing import CheckpointSettings, checkpointed
+from library.memory.lean import lean
 from library.memory.tracker import FusedAttention, StorageTracker
 from library.sd3.mmdit import BlockRunner, JointBlock, MMDiT, call_block
 from library.sd3.vae import Vae
 
-POLICIES: Mapping[str, CheckpointSettings | None] = {
-    "none": None,
-    "selective": CheckpointSettings(selective=True),
-    "full": CheckpointSettings(),
-}
+POLICIES = ("none", "lean", "selective", "full")
 META = torch.device("meta")
 
 
@@ -103,13 +100,11 @@ def block_of(name: str) -> int | None:
 def measure_pass(model: MMDiT, network: nn.Module, policy: str, shape: StepShape, device_type: str) -> PassCost:
     """Run one forward and backward on the meta device. `model` and `network` are there, and the network is attached.
 
-    device_type: "cuda" or "cpu", whose attention is meant.
+    policy: one of POLICIES. device_type: "cuda" or "cpu", whose attention is meant.
     """
     kinds = block_kinds(model, network, shape.trains_text)
     chosen = {kinds.index(kind) for kind in set(kinds)}
-    settings = POLICIES[policy]
-    run = _with_attention_of(device_type)
-    log = _Log(StorageTracker(), run if settings is None else checkpointed(run, settings, None), chosen)
+    log = _Log(StorageTracker(), _runner(policy, _with_attention_of(device_type)), chosen)
     log.tracker.watch([*model.parameters(), *model.buffers(), *network.parameters(), *network.buffers()])
     before, model.run_block = model.run_block, log.run
     try:
@@ -120,6 +115,12 @@ def measure_pass(model: MMDiT, network: nn.Module, policy: str, shape: StepShape
         network.zero_grad(set_to_none=True)
     costs = log.costs(lora_bytes(network, len(kinds)))
     return PassCost(log.before, tuple(costs[kinds.index(kind)] for kind in kinds), log.head)
+
+
+def _runner(policy: str, run: BlockRunner) -> BlockRunner:
+    if policy in ("none", "lean"):
+        return run if policy == "none" else lean(run)
+    return checkpointed(run, CheckpointSettings(selective=policy == "selective"), None)
 
 
 def _with_attention_of(device_type: str) -> BlockRunner:

@@ -152,6 +152,7 @@ PEEK: dict[str, tuple[str, Peek]] = {
     "validation_seed": ("--validation_seed 3", lambda t: t.validation_seed),
     "fp8_base": ("--fp8_base", lambda t: placement(t).t5_quantisation),
     "fp8_base_unet": ("--fp8_base_unet", lambda t: type(qkv(t))),
+    "lean_activations": ("--lean_activations", lambda t: t.denoiser.run_block.__qualname__),
     "base_quantization": ("--base_quantization nf4", lambda t: type(qkv(t))),
     "t5xxl_device": ("--t5xxl_device cpu:0", lambda t: placement(t).t5_device),
     "t5xxl_dtype": ("--t5xxl_dtype fp16", lambda t: t.text_stage.model("t5xxl").dtype),

@@ -69,6 +69,7 @@ NEW = {
     "dry_run",
     "gradient_checkpointing_blocks",
     "selective_checkpointing",
+    "lean_activations",
     "base_quantization",
     "memory_plan",
     "vram",

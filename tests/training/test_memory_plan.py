@@ -25,6 +25,7 @@ from library.training.step_memory import BlockCost, BlockWork, PassCost
 DEPTH, MB = 8, 2**20
 PASSES = {
     "none": PassCost(5 * MB, (BlockCost(120 * MB, 100 * MB, 0, 20 * MB),) * DEPTH, 8 * MB),
+    "lean": PassCost(5 * MB, (BlockCost(110 * MB, 60 * MB, 0, 60 * MB),) * DEPTH, 8 * MB),
     "selective": PassCost(5 * MB, (BlockCost(80 * MB, 20 * MB, 0, 110 * MB),) * DEPTH, 8 * MB),
     "full": PassCost(5 * MB, (BlockCost(80 * MB, 10 * MB, 0, 120 * MB),) * DEPTH, 8 * MB),
 }
@@ -76,7 +77,9 @@ def test_rounded_weights_are_taken_only_where_nothing_exact_fits():
 
 
 def test_what_was_given_stays():
-    wanted = Wanted(("full",), EVERY, (False,), None, (None,))  # --gradient_checkpointing --blocks_to_swap auto
+    wanted = Wanted(
+        ("full",), EVERY, (False,), (False,), None, (None,)
+    )  # --gradient_checkpointing --blocks_to_swap auto
     room = total(Levers("full", DEPTH, swap=4))
     assert choose(RECKONER, wanted, room, ENOUGH) == (Levers("full", DEPTH, swap=4), True)
     assert choose(RECKONER, wanted, ENOUGH, ENOUGH)[0] == Levers("full", DEPTH)
@@ -104,6 +107,10 @@ def test_other_moments_of_the_run_count():
         (Levers("full", 3), ["--gradient_checkpointing", "--gradient_checkpointing_blocks 3"]),
         (Levers("selective", DEPTH), ["--gradient_checkpointing", "--selective_checkpointing"]),
         (Levers("full", DEPTH, True), ["--gradient_checkpointing", "--cpu_offload_checkpointing"]),
+        (
+            Levers("full", 3, lean=True),
+            ["--gradient_checkpointing", "--gradient_checkpointing_blocks 3", "--lean_activations"],
+        ),
         (Levers(swap=3, quantisation="fp8"), ["--blocks_to_swap 3", "--fp8_base_unet"]),
         (Levers(quantisation="nf4"), ["--base_quantization nf4"]),
     ],

@@ -66,7 +66,7 @@ def real_model(levers: Levers, device: torch.device, dtype: torch.dtype = torch.
         "selective": CheckpointSettings(levers.checkpointed, selective=True),
         "full": CheckpointSettings(levers.checkpointed, offload=levers.offload),
     }[levers.policy]
-    swapper = arrange(model, MemorySettings(levers.swap, settings, None, levers.quantisation), device)
+    swapper = arrange(model, MemorySettings(levers.swap, settings, None, levers.quantisation, lean=levers.lean), device)
     network = network_of(model, **arguments)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
 
@@ -105,6 +105,8 @@ def allocated_peak(work: Callable[[], None]) -> int:
     ("levers", "arguments"),
     [
         (Levers(), {}),
+        (Levers(lean=True), {}),
+        (Levers("full", 3, lean=True), {"split_qkv": "True"}),
         (Levers("selective", DEPTH), {}),
         (Levers("full", DEPTH), {}),
         (Levers("full", 3, swap=2), {}),
