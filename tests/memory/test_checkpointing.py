@@ -92,6 +92,14 @@ def test_offloaded_inputs_reuse_their_host_buffers():
     assert {b.data_ptr() for spare in offloader.spare.values() for b in spare} == buffers
 
 
+def test_images_of_many_sizes_share_host_buffers():
+    """Pinned memory for every bucket of its own would fill a host."""
+    model, _, offloader = with_settings(SETTINGS["offload"])
+    for height, width in ((16, 16), (12, 20), (20, 12), (14, 18)):  # of about one area, as buckets are
+        model(**inputs(model.config, height, width)).sum().backward()
+    assert sum(len(spare) for spare in offloader.spare.values()) == 2 * DEPTH
+
+
 def test_swap_and_checkpointing_and_offloading_work_together():
     plain, plain_adapter = model_with_adapter()
     model, adapter, offloader = with_settings(SETTINGS["offload"])
