@@ -35,6 +35,11 @@ CASES = {
     "fp8": (MemorySettings(quantisation="fp8", checkpointing=RECOMPUTED), ShardSettings(), torch.bfloat16),
     "int8": (MemorySettings(quantisation="int8"), ShardSettings(), torch.float32),
     "nf4": (MemorySettings(quantisation="nf4", checkpointing=RECOMPUTED), ShardSettings(), torch.float32),
+    "lean, and some recomputed": (
+        MemorySettings(lean=True, checkpointing=CheckpointSettings(blocks=2)),
+        ShardSettings(),
+        torch.float32,
+    ),
     "float16": (MemorySettings(checkpointing=RECOMPUTED), ShardSettings(), torch.float16),
 }
 
