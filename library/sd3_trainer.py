@@ -40,7 +40,8 @@ from library.sd3.conditioning import (
     to_context,
 )
 from library.sd3.encoder_outline import encoder_outline
-from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.mmdit import MMDiT
+from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import empty_mmdit, load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
 from library.sd3.sampling import SAMPLERS

@@ -24,7 +24,8 @@ from library.sd3.conditioning import (
     to_context,
 )
 from library.sd3.flow import shift
-from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.mmdit import MMDiT
+from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.pos_embed import sincos_table
 from library.sd3.text_encoder_sizes import CLIP_TOKENS
 from library.sd3.tokenizers import Tokenizers

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from library.options.errors import UserError
 from library.sd3.checkpoint import ModelFiles, locate_parts
-from library.sd3.mmdit import MMDiTConfig
+from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import shapes_of
 from library.training.progress import progress_bar
 from networks.weight_files import listed

@@ -32,7 +32,8 @@ from library.memory.quantize import quantise
 from library.options.errors import UserError
 from library.sd3.checkpoint import ModelFiles, locate_parts
 from library.sd3.conditioning import ContextSizes, TextEncoding, TextSettings, missing_encoder_notes, to_context
-from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.mmdit import MMDiT
+from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH
 from library.sd3.sampling import SAMPLERS

@@ -10,7 +10,8 @@ from torch import nn
 
 from library.options.errors import UserError
 from library.sd3.checkpoint import Part, load_tensors
-from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.mmdit import MMDiT
+from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.vae import Vae, VaeConfig
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.mmdit import MMDiT
+from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.vae import Vae, VaeConfig
 from tests.sd3.tiny import PREFIXES
 

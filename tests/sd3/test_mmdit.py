@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.sd3.mmdit import MMDiT, MMDiTConfig, timestep_embedding
+from library.sd3.mmdit import MMDiT, timestep_embedding
+from library.sd3.mmdit_config import MMDiTConfig
 from tests.sd3.diffusers_models import diffusers_transformer, randomised
 
 VARIANTS = {

@@ -13,7 +13,8 @@ from library.memory.checkpointing import CheckpointSettings
 from library.memory.quantize import in_joint_blocks, replace_linears
 from library.memory.stand_ins import STAND_INS
 from library.memory.tracker import FusedAttention, StorageTracker
-from library.sd3.mmdit import MMDiT, MMDiTConfig
+from library.sd3.mmdit import MMDiT
+from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.vae import Vae, VaeConfig
 from library.training.memory_plan import Levers, ModelBytes, StepReckoner, TrainedBytes
 from library.training.optimizer_memory import optimizer_cost
