@@ -19,10 +19,9 @@ class MemorySettings:
     checkpointing: CheckpointSettings | None = None
     compile_backend: str | None = None  # torch.compile's backend; None: eager
     quantisation: str | None = None  # "fp8", "int8" or "nf4"
+    fp8_products: bool = False  # with "fp8": multiply in float8 too
     lean: bool = False  # blocks that are not checkpointed keep lean activations; not with compile_backend
-    stays: bool = (
-        False  # leave the weights where they are: library/memory/sharding.py moves them, a share to each process
-    )
+    stays: bool = False  # the weights are left where they are, for library/memory/sharding.py to move each process's share
 
 
 def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> BlockSwapper | None:
@@ -32,7 +31,7 @@ def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> Blo
     checkpointing or lean activations, block swap.
     """
     if settings.quantisation is not None:
-        quantise(model, settings.quantisation, in_joint_blocks, device)
+        quantise(model, settings.quantisation, in_joint_blocks, device, settings.fp8_products)
     blocks = list(model.joint_blocks)
     run: BlockRunner = compiled(settings.compile_backend) if settings.compile_backend else call_block
     plain = lean(run) if settings.lean else run
