@@ -43,6 +43,7 @@ SAME_NAME = (
     "fp8_base",
     "fp8_base_unet",
     "base_quantization",
+    "fp8_matmul",
     "validation_seed",
     "validation_split",
     "max_validation_steps",

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.memory.arrange import MemorySettings
 from library.memory.checkpointing import CheckpointSettings
 from library.options.table import OPTIONS
 from library.sd3.flow import FlowSettings
@@ -50,6 +51,19 @@ def checkpoint_settings(args: argparse.Namespace) -> CheckpointSettings | None:
     if not (args.gradient_checkpointing or args.cpu_offload_checkpointing or args.selective_checkpointing or blocks):
         return None
     return CheckpointSettings(blocks, args.selective_checkpointing, args.cpu_offload_checkpointing)
+
+
+def memory_settings(args: argparse.Namespace, blocks_to_swap: int, stays: bool = False) -> MemorySettings:
+    """How the denoiser is to spare memory. blocks_to_swap: as many as the model has to give."""
+    return MemorySettings(
+        blocks_to_swap=blocks_to_swap,
+        checkpointing=checkpoint_settings(args),
+        compile_backend=args.dynamo_backend if args.torch_compile else None,
+        quantisation="fp8" if args.fp8_base else args.base_quantization,
+        fp8_products=args.fp8_matmul,
+        lean=args.lean_activations,
+        stays=stays,
+    )
 
 
 def scheduler_settings(args: argparse.Namespace, total_steps: int) -> SchedulerSettings:

@@ -22,7 +22,7 @@ from library.data.settings import Size
 from library.memory.arrange import arrange
 from library.memory.block_swap import swap_limit
 from library.memory.compile_backend import backend_problems
-from library.memory.quantize import quantise
+from library.memory.quantize import fp8_product_problems, quantise
 from library.memory.sharding import ShardedModel, ShardSettings
 from library.memory.visiting import visiting
 from library.network_trainer import NetworkTrainer
@@ -121,9 +121,10 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return problems
 
     def _device_problems(self) -> list[str]:
-        """What --t5xxl_device, --torch_compile and --blocks_to_swap ask for and this machine or build lacks."""
+        """What --t5xxl_device, --torch_compile and --fp8_matmul ask for and this machine or build lacks."""
         args = self.args
         problems = backend_problems(args.dynamo_backend) if args.torch_compile else []
+        problems += fp8_product_problems(self.device) if args.fp8_matmul else []
         try:
             place = torch.device(args.t5xxl_device or "cpu")
             torch.empty(1, device=place).tolist()

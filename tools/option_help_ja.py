@@ -172,6 +172,7 @@ HELP = {
     "cpu_offload_checkpointing": "チェックポイントで保持する値をホストメモリへ移します。`--blocks_to_swap`とは併用できません。",
     "fp8_base": "固定されたMMDiTとText Encoderの重みを8ビット浮動小数点で保持します。",
     "fp8_base_unet": "固定されたMMDiTの重みだけを8ビット浮動小数点で保持します。",
+    "fp8_matmul": "--fp8_baseまたは--fp8_base_unetと共に指定します。行列積も8ビット浮動小数点で計算し、トークンごとに係数を使います。Ada、Hopper以降のGPUで速くなりますが、精度は下がり、モデルの予測が数パーセント変わります。",
     "base_quantization": "固定されたMMDiTの重みを8ビット整数(int8)または4ビット(nf4)で保持します。",
     "t5xxl_device": "T5を動かすデバイス。例: cpu。未指定なら学習デバイスです。",
     "t5xxl_dtype": "T5の重みの数値形式。未指定なら`--mixed_precision`と同じです。",

@@ -3,7 +3,8 @@
 The products are computed in the model's own dtype: weights are widened when they are used, in forward and again in
 backward, so that autograd never keeps a wide copy and block swap may move the narrow one in between. Only the linear
 layers inside the joint blocks (or of an encoder) are quantised: they are nearly all of the weights; embedders, norms and
-the final layer stay as they are. int8 and nf4 are bitsandbytes' formats and kernels; its own layers are not used because
+the final layer stay as they are. The one exception is Fp8ProductLinear, which is asked for by itself: its forward products are
+those of float8 numbers. int8 and nf4 are bitsandbytes' formats and kernels; its own layers are not used because
 they hold on to the weight's storage between forward and backward, which block swap reuses.
 """
 
@@ -81,6 +82,48 @@ class Fp8Linear(QuantisedLinear):
         return weight.to(dtype) * scale.to(dtype)
 
 
+class Fp8ProductLinear(Fp8Linear):
+    """As Fp8Linear, but activations become float8 too, each token with a scale of its own, and the product is one of float8.
+
+    Micikevicius et al. 2022, "FP8 Formats for Deep Learning": e4m3 for weights and activations. Sums are float32. The backward
+    pass widens the weight: the gradient to the activations is not rounded. Needs `fp8_product_problems` to be empty.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] in the compute dtype -> [..., out]."""
+        return cast(Tensor, _Fp8Product.apply(x, self.weight, self.weight_scale, self.bias))
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x W^T + b of float8 numbers; the gradient reaches x alone, as if x had not been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        tokens, token_scale = Fp8Linear.quantise(x.flatten(0, -2))  # [N, in], [N, 1]
+        # the GPU's kernel for row-wise scales returns bfloat16 alone
+        returned = torch.bfloat16 if x.device.type == "cuda" else x.dtype
+        out = torch._scaled_mm(
+            tokens, weight.t(), scale_a=token_scale, scale_b=scale.t(), out_dtype=returned, use_fast_accum=True
+        )
+        out = out.to(x.dtype) if bias is None else out.to(x.dtype).add_(bias.to(x.dtype))
+        return out.unflatten(0, x.shape[:-1])  # [..., out]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        wide = Fp8Linear.widen(weight, scale, weight.shape, gradient.dtype)
+        return gradient @ wide, None, None, None
+
+
+def fp8_product_problems(device: torch.device) -> list[str]:
+    """What keeps `device` from multiplying float8 matrices, a sentence; empty where it can (a CPU can, slowly)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        return [f"--fp8_matmul: {name} has no float8 products (they came with Ada and Hopper). Leave it out."]
+    return []
+
+
 class Int8Linear(QuantisedLinear):
     """int8, each row scaled so that its largest entry is 127 (bitsandbytes' row-wise int8)."""
 
@@ -120,12 +163,23 @@ class Nf4Linear(QuantisedLinear):
 KINDS: dict[str, type[QuantisedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
 
 
-def quantise(model: nn.Module, kind: str, within: Callable[[str], bool], device: torch.device | None = None) -> int:
+def quantise(
+    model: nn.Module,
+    kind: str,
+    within: Callable[[str], bool],
+    device: torch.device | None = None,
+    fp8_products: bool = False,
+) -> int:
     """Replace the linear layers whose path satisfies `within`. kind: "fp8", "int8" or "nf4". Returns how many were replaced.
 
     With `device` each layer is quantised there and comes back, so that a GPU does the work and holds one wide layer at a time.
+    fp8_products (with "fp8"): layers that work on tokens multiply in float8. Those of the modulation, which see one vector an image
+    and steer all tokens of it, do not.
     """
-    return replace_linears(model, KINDS[kind], within, device)
+    if not fp8_products:
+        return replace_linears(model, KINDS[kind], within, device)
+    on_tokens = replace_linears(model, Fp8ProductLinear, lambda path: within(path) and "adaLN" not in path, device)
+    return on_tokens + replace_linears(model, Fp8Linear, within, device)
 
 
 def replace_linears(

@@ -27,6 +27,7 @@ NEEDS = {
     "output_config": ("config_file",),
     "resume_from_huggingface": ("resume",),
     "save_state_to_huggingface": ("huggingface_repo_id",),
+    "fp8_matmul": ("fp8_base",),
 }
 # the same, where the option merely does nothing without the others
 USELESS_WITHOUT = {

@@ -154,6 +154,7 @@ PEEK: dict[str, tuple[str, Peek]] = {
     "fp8_base_unet": ("--fp8_base_unet", lambda t: type(qkv(t))),
     "lean_activations": ("--lean_activations", lambda t: t.denoiser.run_block.__qualname__),
     "base_quantization": ("--base_quantization nf4", lambda t: type(qkv(t))),
+    "fp8_matmul": ("--fp8_matmul | --fp8_base_unet", lambda t: type(qkv(t))),
     "t5xxl_device": ("--t5xxl_device cpu:0", lambda t: placement(t).t5_device),
     "t5xxl_dtype": ("--t5xxl_dtype fp16", lambda t: t.text_stage.model("t5xxl").dtype),
     "highvram": ("--highvram", lambda t: placement(t).keep_freed_memory),

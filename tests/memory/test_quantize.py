@@ -10,7 +10,14 @@ from torch import nn
 
 from library.memory.block_swap import BlockSwapper
 from library.memory.checkpointing import CheckpointSettings, checkpointed
-from library.memory.quantize import FP8_MAX, Fp8Linear, in_joint_blocks, quantise
+from library.memory.quantize import (
+    FP8_MAX,
+    Fp8Linear,
+    Fp8ProductLinear,
+    fp8_product_problems,
+    in_joint_blocks,
+    quantise,
+)
 from library.sd3.mmdit import call_block
 from tests.memory.test_block_swap import CPU, model_with_adapter
 from tests.sd3.test_mmdit import inputs
@@ -100,3 +107,82 @@ def test_using_a_quantised_layer_asks_the_host_for_no_table(kind: str, monkeypat
     x = torch.randn(3, 64).requires_grad_()
     model(x).sum().backward()
     assert x.grad is not None
+
+
+# --- products of float8 numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_float8_product_is_that_of_the_rounded_numbers(shape: tuple[int, ...], bias: bool):
+    """Against the same numbers widened to float64: only sums round."""
+    layer = nn.Linear(64, 48, bias=bias).requires_grad_(False)
+    product = Fp8ProductLinear.of(copy.deepcopy(layer))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, shape[-2])[:, None]
+    tokens, scale = Fp8Linear.quantise(x.flatten(0, -2))
+    rounded = (tokens.double() * scale.double()).view(shape)
+    weight = product.weight.double() * product.weight_scale.double()
+    wanted = rounded @ weight.T + (0 if layer.bias is None else layer.bias.double())
+    torch.testing.assert_close(product(x).double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    assert relative_error(product(x), layer(x)) < 0.06
+
+
+def test_the_gradient_through_a_float8_product_is_that_of_the_widened_layer_and_keeps_no_activations():
+    layer = nn.Linear(64, 48).requires_grad_(False)
+    product, widened = Fp8ProductLinear.of(copy.deepcopy(layer)), Fp8Linear.of(copy.deepcopy(layer))
+    x, x2 = (torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    gradient, saved = torch.randn(3, 5, 48), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = product(x)
+    out.backward(gradient)
+    widened(x2).backward(gradient)
+    assert torch.equal(x.grad, x2.grad)
+    assert {t.numel() for t in saved} == {64 * 48, 48}
+
+
+def test_with_float8_products_tokens_multiply_so_and_modulation_does_not():
+    plain, plain_adapter = model_with_adapter()
+    model, adapter = model_with_adapter()
+    quantise(model, "fp8", in_joint_blocks, fp8_products=True)
+    kinds = {path: type(layer) for path, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
+    assert {path for path, kind in kinds.items() if kind is Fp8Linear} == {path for path in kinds if "adaLN" in path}
+    given = inputs(plain.config, 8, 8)
+    wanted, found = plain(**given), model(**given)
+    assert 1e-4 < relative_error(found, wanted) < 0.08
+    wanted.square().mean().backward()
+    found.square().mean().backward()
+    assert relative_error(adapter.grad, plain_adapter.grad) < 0.16
+
+
+def test_swapping_and_checkpointing_blocks_with_float8_products_changes_nothing():
+    results = []
+    for swapped in ([], [0, 2, 3]):
+        model, adapter = model_with_adapter()
+        quantise(model, "fp8", in_joint_blocks, fp8_products=True)
+        run = checkpointed(call_block, CheckpointSettings(), None)
+        model.run_block = BlockSwapper(model.joint_blocks, swapped, CPU).runner(run) if swapped else run
+        out = model(**inputs(model.config, 8, 8))
+        out.square().mean().backward()
+        results.append((out.detach(), adapter.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_a_gpu_without_float8_products_is_told(monkeypatch):
+    for capability, found in (((8, 6), 1), ((8, 9), 0), ((9, 0), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        problems = fp8_product_problems(torch.device("cuda"))
+        assert len(problems) == found and all("Some GPU" in problem for problem in problems)
+    assert fp8_product_problems(CPU) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_float8_product_on_the_gpu_is_that_of_the_cpu(dtype: torch.dtype):
+    if fp8_product_problems(torch.device("cuda")):
+        pytest.skip("this GPU has no float8 products")
+    product = Fp8ProductLinear.of(nn.Linear(256, 512).requires_grad_(False))
+    x = torch.randn(3, 33, 256, dtype=dtype)
+    wanted = product(x)
+    assert relative_error(product.cuda()(x.cuda()).cpu().float(), wanted.float()) < 0.01

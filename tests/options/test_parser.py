@@ -71,6 +71,7 @@ NEW = {
     "selective_checkpointing",
     "lean_activations",
     "base_quantization",
+    "fp8_matmul",
     "memory_plan",
     "vram",
     "save_every_n_minutes",
