@@ -14,7 +14,10 @@ from library.options.resolve import resolve_options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done. 2: there is something for the user to mend, which has been said. Else it is a bug and shows its traceback."""
+    """0: done. 2: there is something for the user to mend, which has been said. 130: Ctrl-C. Else it is a bug and shows its traceback.
+
+    A run that is told to stop in training saves everything and raises SystemExit with 130 or 143.
+    """
     try:
         options = resolve_options(arguments)
         if options.args.output_config:
@@ -29,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error.as_text(), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # in training it is caught, and everything is saved
+        print("Stopped before training: nothing was lost, and caches that are written stay.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
@@ -46,13 +47,26 @@ def write_text(path: str | Path, text: str) -> None:
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors (any device, made contiguous on the CPU) and string metadata atomically."""
+    """Write tensors (any device, made contiguous on the CPU) and string metadata atomically. OSError where it cannot be done."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with atomic_write(path) as temporary:
-        save_file(ready, str(temporary), metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(ready, str(temporary), metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise (_system_error(error) or error) from error
         _sort_metadata(temporary)
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The operating system's error inside one of safetensors' ("... (os error 28)"); None where there is none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return None
+    number = int(found.group(1))
+    return OSError(number, os.strerror(number)) if os.name == "posix" else OSError(0, str(error), None, number)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -65,6 +65,7 @@ from library.training.optimizers import build_optimizer
 from library.training.out_of_memory import told_clearly
 from library.training.precision import choose_precision
 from library.training.progress import progress_bar
+from library.training.saving import told_if_unwritable
 from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, seed_everything
 from library.training.shared_optimizer import build_shared_optimizer, can_be_shared
@@ -194,8 +195,9 @@ class NetworkTrainer(ModelFamily):
         for kind, batches in (("training", plan.training), ("validation", plan.validation)):
             if batches is not None:
                 folder, name = Path(args.output_dir) / "dataset", f"{args.output_name or 'last'}-{kind}"
-                for path in write_dataset_sheets(bucket_examples(batches, settings, PICTURES), folder, name):
-                    print(f"{kind}: {path}")
+                with told_if_unwritable(folder):
+                    for path in write_dataset_sheets(bucket_examples(batches, settings, PICTURES), folder, name):
+                        print(f"{kind}: {path}")
 
     def cache_texts(self) -> None:
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""

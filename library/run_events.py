@@ -27,7 +27,7 @@ from library.training.output_names import OutputNames, SaveRhythm, epochs_betwee
 from library.training.previews import Previewer, moment
 from library.training.progress import progress_bar
 from library.training.report_writer import ReportWriter
-from library.training.saving import BackgroundSaver, remove, write_weights
+from library.training.saving import BackgroundSaver, remove, told_if_unwritable, write_weights
 from library.training.seeds import DrawGenerators
 from library.training.signals import StopSignals
 from library.training.state import (
@@ -233,7 +233,9 @@ class RunEvents:
             lora = trainer.network.state_dict_for_saving()
 
         def write() -> None:
-            for path in trainer.save_encoders(lora, self.names.final().with_suffix("")):
+            with told_if_unwritable(self.names.final()):
+                written = trainer.save_encoders(lora, self.names.final().with_suffix(""))
+            for path in written:
                 logger.info("Saved %s", path)
                 self.upload(path)
 
@@ -250,14 +252,16 @@ class RunEvents:
         )
         if trainer.accelerator.num_processes > 1:
             self.saver.flush()
-            write_state(folder, snapshot, trainer.accelerator.process_index, trainer.accelerator.wait_for_everyone)
+            with told_if_unwritable(folder):
+                write_state(folder, snapshot, trainer.accelerator.process_index, trainer.accelerator.wait_for_everyone)
             if self.main:
                 self.upload(folder)
                 remove(old())
             return
 
         def write() -> None:
-            write_state(folder, snapshot)
+            with told_if_unwritable(folder):
+                write_state(folder, snapshot)
             logger.info("Saved state %s", folder)
             self.upload(folder)
             remove([p for p in old() if p != folder])
@@ -274,9 +278,9 @@ class RunEvents:
     def validate(self, position: Position, kind: str) -> None:
         """The loss on the held-out images at fixed timesteps and noise."""
         trainer = self.trainer
-        if trainer.validation_loader is None:
+        if trainer.validation_loader is None or self.should_stop():
             return
-        with self.evaluation_weights():
+        with trainer.doing("validating"), self.evaluation_weights():
             loss = validate(
                 trainer.validation_loader.batches(0),
                 trainer.validation_losses,
@@ -297,8 +301,9 @@ class RunEvents:
         return progress_bar(batches, "Validation", self.main, min(total, self.args.max_validation_steps or total))
 
     def make_previews(self, position: Position, epoch: int | None) -> None:
-        assert self.previewer is not None
-        with self.evaluation_weights(), self.trainer.uneven_forwards():
+        if self.previewer is None or self.should_stop():  # who stops the run may not wait for pictures
+            return
+        with self.trainer.doing("drawing previews"), self.evaluation_weights(), self.trainer.uneven_forwards():
             multiplier = self.trainer.network.multiplier
             self.trainer.network.set_multiplier(1.0)
             previews = self.previewer.make(moment(position.step, epoch), [self.trainer.network])

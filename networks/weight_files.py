@@ -44,8 +44,8 @@ def write_network_file(
     """Write tensors atomically: safetensors with metadata, or torch.save for .pt and .ckpt, which have no place for metadata."""
     path = Path(path)
     if path.suffix in PICKLED:
-        with atomic_write(path) as temporary:
-            torch.save(dict(tensors), temporary)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(dict(tensors), file)  # given a path, torch tells a full disk in words of its own
     else:
         save_safetensors(path, tensors, metadata)
 

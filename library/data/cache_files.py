@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,17 +79,10 @@ def _names(folder: Path) -> set[str]:
 
 def write_cache(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, Any]) -> None:
     """Write atomically. UserError where the folder cannot be written or the disk is full; what was written before stays whole."""
-    from safetensors import SafetensorError
-
     try:
         save_safetensors(path, tensors, {"made_from": canonical(made_from)})
     except OSError as error:
         raise UserError(_write_problem(path, error)) from error
-    except SafetensorError as error:
-        cause = _system_error(error)
-        if cause is None:
-            raise
-        raise UserError(_write_problem(path, cause)) from error
 
 
 def read_made_from(path: Path) -> dict[str, Any] | None:
@@ -157,15 +149,6 @@ def content_hash(path: str) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _system_error(error: Exception) -> OSError | None:
-    """The operating system's error inside one of safetensors' ("... (os error 28)"); None where there is none."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found is None:
-        return None
-    number = int(found.group(1))
-    return OSError(number, os.strerror(number)) if os.name == "posix" else OSError(0, str(error), None, number)
 
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # the disk, or the user's share of it

@@ -10,7 +10,8 @@ import logging
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -73,21 +74,25 @@ class BackgroundSaver:
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a LoRA file: safetensors with metadata, or torch's format for .pt and .ckpt. UserError where the disk is full."""
-    try:
+    with told_if_unwritable(path):
         if path.suffix == ".safetensors":
             save_safetensors(path, tensors, metadata)
         else:
-            with atomic_write(path) as temporary:
-                torch.save(dict(tensors), temporary)
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                torch.save(dict(tensors), file)  # given a path, torch tells a full disk in words of its own
+    logger.info("Saved %s", path)
+
+
+@contextmanager
+def told_if_unwritable(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write `path` inside the block into a UserError: a full disk, a folder that has gone."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"{path}: the file cannot be written ({error.strerror or error}). What was saved before is whole."
+            f"{path}: it cannot be written ({error.strerror or error}). What was saved before is whole: make room, and go on with "
+            "--resume auto if there is a state."
         ) from error
-    except Exception as error:
-        if "os error" not in str(error) and "I/O" not in str(error):
-            raise
-        raise UserError(f"{path}: the file cannot be written ({error}). What was saved before is whole.") from error
-    logger.info("Saved %s", path)
 
 
 def remove(paths: Sequence[Path]) -> None:

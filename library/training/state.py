@@ -15,7 +15,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,9 +84,20 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def write_state(folder: Path, snapshot: Snapshot, rank: int = 0, barrier: Any = None) -> None:
-    """Write the state folder. With several processes all call it; `barrier` lets them wait for each other."""
-    wait = barrier or (lambda: None)
+    """Write the state folder. With several processes all call it; `barrier` lets them wait for each other.
+
+    OSError where it cannot be written; what was there before stays.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        _fill_and_replace(temporary, folder, snapshot, rank, barrier or (lambda: None))
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _fill_and_replace(temporary: Path, folder: Path, snapshot: Snapshot, rank: int, wait: Callable[[], None]) -> None:
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -213,7 +224,8 @@ def _to_host(value: Any) -> Any:
 
 
 def _save(path: Path, state: Any) -> None:
-    torch.save(state, path)
+    with path.open("wb") as file:  # given a path, torch tells a full disk in words of its own, not by OSError
+        torch.save(state, file)
 
 
 def _load(path: Path) -> Any:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.options.errors import UserError
+from library.run_metrics import RunMetrics
 from library.training.state import newest_state
 from library.training.step import DenoisingStep
 from sd3_train_network import main
@@ -97,6 +98,75 @@ def test_a_full_disk_stops_with_a_message_and_leaves_whole_files(
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["lora-step00000002.safetensors"]
     load_file(tmp_path / "lora-step00000002.safetensors")
     assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_disk_that_fills_up_while_a_state_is_written_leaves_the_one_before(
+    workshop: Workshop, tmp_path: Path, monkeypatch, capsys
+):
+    plain, calls = torch.save, []
+
+    def save(state, file):
+        calls.append(file)
+        if len(calls) > 6:  # in the second state
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    more = ("--save_every_n_steps", "2", "--save_state")
+    assert main(workshop.arguments(tmp_path, UNET, *more, max_train_steps=50)) == 2
+    told = capsys.readouterr().err
+    assert "lora-step00000004-state: it cannot be written (No space left on device)" in told and "Traceback" not in told
+    assert [path.name for path in tmp_path.glob("*-state")] == ["lora-step00000002-state"]
+    assert not list(tmp_path.glob(".*tmp"))
+    state = newest_state(tmp_path, "lora")
+    assert state is not None and state.component("optimizer") is not None
+
+
+@pytest.mark.parametrize(("doing", "target"), [("drawing previews", "decode"), ("validating", "validation_losses")])
+def test_a_memory_that_is_full_between_steps_is_told_with_what_was_done(
+    workshop: Workshop, tmp_path: Path, monkeypatch, capsys, doing, target
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(f"library.sd3_trainer.Sd3NetworkTrainer.{target}", full)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
+    more = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "1", "--validate_every_n_steps", "1")
+    dataset = workshop.dataset.read_text(encoding="utf-8").replace(
+        "resolution = 64", "resolution = 64\nvalidation_split = 0.2"
+    )
+    (tmp_path / "d.toml").write_text(dataset, encoding="utf-8")
+    words = workshop.arguments(tmp_path, UNET, *more, dataset_config=tmp_path / "d.toml")
+    assert main(words) == 2
+    assert f"was full while {doing}" in capsys.readouterr().err
+
+
+def test_who_stops_a_run_does_not_wait_for_previews(workshop: Workshop, tmp_path: Path, monkeypatch):
+    """Spot machines give half a minute: after the step comes saving, not validation and pictures."""
+    plain = RunMetrics.step
+
+    def step(self, report):
+        plain(self, report)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunMetrics, "step", step)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(workshop.arguments(tmp_path, UNET, sample_prompts=prompts, sample_every_n_steps=1))
+    assert ended.value.code == 143 and newest_state(tmp_path, "lora") is not None
+    assert not list(tmp_path.glob("sample/*"))
+
+
+def test_ctrl_c_before_training_is_no_crash(workshop: Workshop, tmp_path: Path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("library.sd3_trainer.load_mmdit", interrupted)
+    assert main(workshop.arguments(tmp_path, UNET)) == 130
+    assert "Stopped before training" in capsys.readouterr().err
 
 
 def test_killed_again_and_again_while_it_saves_the_run_still_ends_the_same(workshop: Workshop, tmp_path: Path):
