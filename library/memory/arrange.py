@@ -21,7 +21,7 @@ class MemorySettings:
     quantisation: str | None = None  # "fp8", "int8" or "nf4"
     fp8_products: bool = False  # with "fp8": multiply in float8 too
     lean: bool = False  # blocks that are not checkpointed keep lean activations; not with compile_backend
-    stays: bool = False  # the weights are left where they are, for library/memory/sharding.py to move each process's share
+    stays: bool = False  # the weights stay where they are: library/memory/sharding.py moves the shares
 
 
 def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> BlockSwapper | None:
