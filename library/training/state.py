@@ -11,10 +11,12 @@ Files ending in .pt are read with weights_only=True: a state from a stranger can
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,9 @@ import torch
 
 from library.files import flush_folder, flush_to_disk, save_safetensors, write_text
 from library.options.errors import UserError
+from library.sd3.header import read_header
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 POSITION_FILE = "train_state.json"
 
@@ -154,17 +158,31 @@ def open_state(folder: Path, whole: bool = True) -> SavedState:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         position = Position(**facts["position"])
-        if whole and not (folder / "model.safetensors").is_file():
-            raise ValueError("model.safetensors is missing")
+        if whole:
+            _check_files(folder)
         return SavedState(folder, position, dict(facts["options"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if path.exists() and "position" not in path.read_text(encoding="utf-8", errors="replace"):
             reason = "it was saved by another program (sd-scripts' states hold neither the place in the epoch nor every random state)"
         else:
-            reason = f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, UserError | _Damaged) else f"{type(error).__name__}: {error}"
         raise UserError(
             f"--resume {folder}: this is not a state that can be continued: {reason}. To start from its LoRA weights alone, use --network_weights."
         ) from error
+
+
+class _Damaged(ValueError):
+    """A file of a state is missing or not whole."""
+
+
+def _check_files(folder: Path) -> None:
+    """Whether the files are whole, as far as that is quickly seen: the header of the weights, the end of every other part."""
+    if not (folder / "model.safetensors").is_file():
+        raise _Damaged("model.safetensors is missing")
+    read_header(folder / "model.safetensors")
+    for path in sorted(folder.glob("*.pt")):
+        if not zipfile.is_zipfile(path):
+            raise _Damaged(f"{path.name} is cut short or damaged")
 
 
 def newest_state(output_dir: Path, name: str) -> SavedState | None:
@@ -181,8 +199,8 @@ def newest_state(output_dir: Path, name: str) -> SavedState | None:
         if pattern.fullmatch(folder.name):
             try:
                 found.append(open_state(folder))
-            except UserError:
-                continue
+            except UserError as error:
+                logger.warning("A state that is not whole is passed over. %s", error)
     return max(found, key=lambda state: (state.position.step, state.folder.stat().st_mtime_ns), default=None)
 
 

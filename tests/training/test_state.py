@@ -66,6 +66,19 @@ def test_the_newest_whole_state_is_found_and_broken_ones_are_passed_over(tmp_pat
     assert newest_state(tmp_path / "absent", "x") is None
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "random_states_0.pt"])
+def test_a_state_with_a_file_that_is_cut_short_is_passed_over_with_its_reason(tmp_path, name, caplog):
+    """As a machine leaves it that vanishes, on a disk that does not keep its promises."""
+    for step in (5, 9):
+        write_state(tmp_path / f"x-step{step:08d}-state", snapshot(step)[0])
+    broken = tmp_path / "x-step00000009-state" / name
+    broken.write_bytes(broken.read_bytes()[:-7])
+    assert newest_state(tmp_path, "x").position.step == 5
+    assert "passed over" in caplog.text and "cut short" in caplog.text and name in caplog.text
+    with pytest.raises(UserError, match="cut short"):
+        open_state(tmp_path / "x-step00000009-state")
+
+
 def test_a_state_that_was_being_replaced_when_the_run_died_is_found(tmp_path):
     write_state(tmp_path / "x-state", snapshot(3)[0])
     os.replace(tmp_path / "x-state", tmp_path / ".x-state.old")
