@@ -19,6 +19,7 @@ REFUSED_ALGORITHMS = {
 }
 FACTORED = ("lora", "locon", "loha", "lokr", "glora")  # act on activations; the others rebuild the weight
 WITH_DORA = ("lora", "locon", "loha", "lokr")
+OFTEN_ALL_DROPPED = 1e-7  # of a layer's steps; hundreds of layers make it a step in tens of thousands
 PRESETS = ("full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only")
 REFUSED = {
     "block_size": "it is for algo=dylora alone, which is not supported here",
@@ -108,6 +109,14 @@ def read_settings(
     problems += _conflicts({k: str(v) for k, v in texts.items()}, values, neuron_dropout)
     if network_dim is not None and not 1 <= network_dim <= MAX_RANK:
         problems.append(f"--network_dim must be from 1 to {MAX_RANK} for LyCORIS, not {network_dim}.")
+    rank = DEFAULT_RANK if network_dim is None else network_dim
+    if values.get("rank_dropout_scale") and values.get("algo", "lora") in ("lora", "locon"):
+        dropped = values.get("rank_dropout", 0.0) ** max(rank, 1)  # all ranks of a layer at once
+        if dropped > OFTEN_ALL_DROPPED:
+            problems.append(
+                f"--network_args: rank_dropout_scale divides by the share of ranks that are kept, and of {rank} ranks none is "
+                f"kept too often ({dropped:.0e} of a layer's steps). Leave it out, or raise --network_dim."
+            )
     if problems:
         raise UserError(problems)
     algo = values.pop("algo", "lora")
@@ -120,7 +129,6 @@ def read_settings(
     # one magnitude per input: the form of DoRA on which readers agree (see networks.dora)
     wd_on_out = values.pop("wd_on_output", False)
     options = {"rank_dropout_scale": False, "wd_on_out": wd_on_out, "weight_decompose": dora, **values}
-    rank = DEFAULT_RANK if network_dim is None else network_dim
     return LycorisSettings(
         rank=rank, alpha=network_alpha, algo=algo, bypass=bypass, use_tucker=tucker, options=options, **own
     )

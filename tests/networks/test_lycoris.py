@@ -373,6 +373,17 @@ def test_module_dropout_drops_the_change():
     assert 12 < dropped < 48
 
 
+@pytest.mark.parametrize("rank", [2, 4])
+def test_a_share_of_no_ranks_at_all_is_never_divided_by(rank: int):
+    """LyCORIS's rank_dropout_scale is NaN where a layer keeps none of its ranks."""
+    arguments = {"algo": "locon", "rank_dropout": "0.1", "rank_dropout_scale": "True"}
+    with pytest.raises(UserError, match="rank_dropout_scale divides by the share"):
+        lycoris.create_network(1.0, rank, 1, None, [], tiny_mmdit(), **arguments)
+    for kept in ({**arguments, "algo": "loha"}, {**arguments, "rank_dropout_scale": "False"}):
+        lycoris.create_network(1.0, rank, 1, None, [], tiny_mmdit(), **kept)
+    lycoris.create_network(1.0, 16, 1, None, [], tiny_mmdit(), **arguments)
+
+
 @pytest.mark.parametrize("algo", ["locon", "loha"])
 def test_rank_dropout_acts_after_a_preview_as_before_it_and_not_inside(algo: str):
     torch.manual_seed(0)
