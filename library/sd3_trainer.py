@@ -26,6 +26,7 @@ from library.memory.quantize import fp8_product_problems, quantise
 from library.memory.sharding import ShardedModel, ShardSettings
 from library.memory.visiting import visiting
 from library.network_trainer import NetworkTrainer
+from library.options.errors import UserError
 from library.run_memory import apply_plan, plan_memory, room, wants_plan
 from library.run_settings import memory_settings
 from library.saved_encoders import encoders_to_save, write_encoders
@@ -45,10 +46,10 @@ from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import empty_mmdit, load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
 from library.sd3.sampling import SAMPLERS
-from library.sd3.text_encoder_sizes import check_text_encoder
+from library.sd3.text_encoder_sizes import check_text_encoder, sizes_of
 from library.sd3.text_encoders import checkpoint_layers, empty_encoder
 from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
-from library.sd3.tokenizers import load_tokenizers
+from library.sd3.tokenizers import load_tokenizers, tokenizer_problems, vocabulary_problems
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
 from library.training.metadata import FamilyFacts
 from library.training.previews import Previewer, PreviewSettings
@@ -109,6 +110,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         for part in files.encoders().values():
             if part is not None:
                 problems += check_text_encoder(part)
+        problems += tokenizer_problems(self.args.tokenizer_cache_dir, files.mmdit.path, self.present_encoders(files))
         if problems:
             return problems
         table = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).pos_embed_max_size * LATENT_AND_PATCH
@@ -181,6 +183,10 @@ class Sd3NetworkTrainer(NetworkTrainer):
         )
         settings = TextSettings(args.t5xxl_max_token_length, args.apply_lg_attn_mask, args.apply_t5_attn_mask)
         tokenizers = load_tokenizers(args.tokenizer_cache_dir, files.mmdit.path, present)
+        rows = {name: sizes_of(part).vocabulary for name, part in files.encoders().items() if part is not None}
+        foreign = vocabulary_problems(tokenizers, rows)
+        if foreign:
+            raise UserError(foreign)
         self.context_sizes = ContextSizes.from_files(files, args.t5xxl_max_token_length)
         self.dropout = DropoutRates(args.clip_l_dropout_rate, args.clip_g_dropout_rate, args.t5_dropout_rate)
         return TextStage(files, tokenizers, settings, placement)

@@ -157,31 +157,55 @@ def folder_name(name: str) -> str:
     return HUB_NAMES[name].replace("/", "_")
 
 
+def tokenizer_problems(
+    cache_dir: str | Path | None,
+    beside: str | Path | None,
+    wanted: Sequence[str],
+    from_hub: Callable[[str], Path] = download,
+) -> list[str]:
+    """What `load_tokenizers` would not find, without reading any: those of the Hub are downloaded."""
+    cache = Path(cache_dir).expanduser() if cache_dir else None
+    problems = []
+    for name in wanted:
+        try:
+            _locate(name, cache, Path(beside) if beside else None, from_hub)
+        except UserError as error:
+            problems += error.problems
+    return problems
+
+
 def _find(name: str, cache: Path | None, checkpoint: Path | None, from_hub: Callable[[str], Path]) -> Any:
-    for folder in _places(name, cache, checkpoint):
-        if folder.is_dir():
-            return _from_folder(name, folder)
+    folder, is_download = _locate(name, cache, checkpoint, from_hub)
+    tokenizer = _from_folder(name, folder)
+    if is_download and cache is not None:
+        _keep(tokenizer, cache / folder_name(name))
+    return tokenizer
+
+
+def _locate(
+    name: str, cache: Path | None, checkpoint: Path | None, from_hub: Callable[[str], Path]
+) -> tuple[Path, bool]:
+    """The tokenizer's folder, and whether it is the Hub's."""
+    found = next((folder for folder in _places(name, cache, checkpoint) if folder.is_dir()), None)
     try:
-        tokenizer = _from_folder(name, from_hub(name))
+        folder = from_hub(name) if found is None else found
     except OSError as error:  # no network, a server's refusal: huggingface_hub's errors are OSErrors
         raise UserError(
             f"There is no tokenizer for {name}, and it cannot be downloaded ({_first_line(error)}). Put the files of"
             f" https://huggingface.co/{HUB_NAMES[name]} ({_VOCABULARY_FILES[name]}, or a tokenizer.json)"
             f" into {_first_place(name, cache, checkpoint)}."
         ) from error
-    if cache is not None:
-        _keep(tokenizer, cache / folder_name(name))
-    return tokenizer
-
-
-def _from_folder(name: str, folder: Path) -> Any:
-    """The tokenizer in a folder. transformers makes an empty one without a word where the files are absent: that is refused."""
-    from transformers import CLIPTokenizer, T5Tokenizer
-
     if not _has_vocabulary(folder):
         raise UserError(
             f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor spiece.model."
         )
+    return folder, found is None
+
+
+def _from_folder(name: str, folder: Path) -> Any:
+    """The tokenizer in a folder that has the files: without them transformers makes an empty one without a word."""
+    from transformers import CLIPTokenizer, T5Tokenizer
+
     kind: Any = T5Tokenizer if name == "t5xxl" else CLIPTokenizer
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)

@@ -176,3 +176,31 @@ def test_of_a_state_on_the_hub_the_position_alone_is_fetched_before_the_checks(
         workshop.arguments(tmp_path, "--resume", "me/lora/none-state", "--resume_from_huggingface"), capsys
     )
     assert "the repository me/lora holds no folder none-state" in told
+
+
+def test_tokenizers_that_are_missing_are_told_with_all_else(workshop: Workshop, tmp_path: Path, monkeypatch, capsys):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to the Hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    model = tmp_path / "alone" / workshop.model.name
+    model.parent.mkdir()
+    shutil.copy(workshop.model, model)
+    told = complaint(
+        workshop.arguments(tmp_path / "out", pretrained_model_name_or_path=model, optimizer_type="AdamWW"), capsys
+    )
+    for part in ("AdamWW", "There is no tokenizer for clip_l", "no tokenizer for clip_g", "no tokenizer for t5xxl"):
+        assert part in told, part
+
+
+def test_a_tokenizer_of_another_model_is_refused(workshop: Workshop, tmp_path: Path, capsys):
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path / "tokenizers"
+    shutil.copytree(workshop.model.with_name("tokenizers"), folder)
+    own = next(path for path in folder.iterdir() if path.name.startswith("openai"))
+    larger = CLIPTokenizer.from_pretrained(str(own))
+    larger.add_tokens([f"<word{number}>" for number in range(50)])
+    larger.save_pretrained(str(own))
+    told = complaint(workshop.arguments(tmp_path / "out", tokenizer_cache_dir=folder), capsys)
+    assert "The tokenizer of clip_l has" in told and "--tokenizer_cache_dir" in told

@@ -30,6 +30,7 @@ def planned(workshop: Workshop, folder: Path, kind: str, *more: str) -> tuple[Sd
         "train_data_dir": images.parent,
         "resolution": "1024,1024",
         "network_dim": 16,
+        "tokenizer_cache_dir": workshop.model.with_name("tokenizers"),
         "mixed_precision": "bf16",
     }
     resolved = resolve_options(workshop.arguments(folder / "out", *CACHED, "--dry_run", *more, **options))
