@@ -216,7 +216,15 @@ class MeasuredRun:
 
     def reckoner(self, t5_on_cpu: bool) -> StepReckoner:
         weights = self.live_weights(t5_on_cpu)
-        return StepReckoner(self.models, self.trained, weights, self.kept_by_encoders, self.stream_bytes, self.work)
+        return StepReckoner(
+            self.models,
+            self.trained,
+            weights,
+            self.kept_by_encoders,
+            self.stream_bytes,
+            self.work,
+            rounds_pinned=self.device_type == "cuda",
+        )
 
     def beside(self, reckoner: StepReckoner) -> int:
         """The most that moments other than a step need beside the denoiser's weights."""

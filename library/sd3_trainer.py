@@ -60,6 +60,7 @@ from networks.lora_file import check_lora_file
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block
 from networks.network_modules import network_module
 from networks.parameter_groups import LearningRates
+from networks.weight_files import group_by_layer
 
 logger = logging.getLogger(__name__)
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
@@ -244,7 +245,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
 
     def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
         names = encoders_to_save(self.args.save_clip, self.args.save_t5xxl)
-        return write_encoders(self.plan.files, names, lora, stem.parent, stem.name) if names else []
+        changes = [*self.base_weights.changes, (1.0, group_by_layer(lora, "the LoRA"))]
+        return write_encoders(self.plan.files, names, changes, stem.parent, stem.name) if names else []
 
     # --- images ----------------------------------------------------------------------------------------------------
 

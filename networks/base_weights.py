@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.options.errors import UserError
 from networks.lora_file import read_lora
@@ -34,6 +34,11 @@ class BaseWeights:
                 raise UserError(
                     f"{path} has LoRAs for parts that SD3 lacks: {listed(strange)}. Take it out of --base_weights."
                 )
+
+    @property
+    def changes(self) -> list[tuple[float, dict[str, dict[str, Tensor]]]]:
+        """Each file's strength and layers, in the order of the files."""
+        return [(strength, layers) for _, strength, layers in self.files]
 
     @property
     def parts(self) -> set[str]:

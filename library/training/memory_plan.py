@@ -118,6 +118,7 @@ class StepReckoner:
     encoder_activations: int
     stream_bytes: int  # of both residual streams, which is what a checkpoint keeps
     work: tuple[BlockWork, ...]
+    rounds_pinned: bool = False  # torch hands out pinned host memory for a GPU in powers of two
 
     @property
     def depth(self) -> int:
@@ -139,7 +140,8 @@ class StepReckoner:
     def host_bytes(self, levers: Levers) -> int:
         """Pinned host memory."""
         kept = self.stream_bytes * levers.checkpointed if levers.offload else 0
-        return kept + (sum(self.swapped(levers)) if levers.swap else 0)
+        swapped = self.swapped(levers) if levers.swap else []
+        return kept + sum(1 << (size - 1).bit_length() if self.rounds_pinned else size for size in swapped)
 
     def activation_bytes(self, levers: Levers) -> int:
         """The most that forward and backward take beside weights, block by block."""
