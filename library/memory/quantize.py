@@ -85,8 +85,8 @@ class Fp8Linear(QuantisedLinear):
 class Fp8ProductLinear(Fp8Linear):
     """As Fp8Linear, but activations become float8 too, each token with a scale of its own, and the product is one of float8.
 
-    Micikevicius et al. 2022, "FP8 Formats for Deep Learning": e4m3 for weights and activations. Sums are float32. The backward
-    pass widens the weight: the gradient to the activations is not rounded. Needs `fp8_product_problems` to be empty.
+    Micikevicius et al. 2022, "FP8 Formats for Deep Learning": e4m3 for weights and activations. A GPU sums in its fast
+    accumulator, which is shorter than float32. The backward pass widens the weight: the gradient to the activations is not rounded. Needs `fp8_product_problems` to be empty.
     """
 
     def forward(self, x: Tensor) -> Tensor:
