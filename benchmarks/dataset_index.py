@@ -1,10 +1,11 @@
 """How long the index of a large folder takes, cold and warm, and how much memory.
 
-    python benchmarks/dataset_index.py --images 100000
+    python -m benchmarks.dataset_index --images 100000
 
 makes that many small PNG, JPEG and WebP images with captions in a temporary folder, then indexes them in processes of their own: cold
 (no index cache, and on Linux the files' pages dropped from memory), in memory (no index cache), and warm (with the index
-cache of the first run). It prints a table and one line of JSON. The target on two cores: cold under 20 s, warm under 3 s, 300 MB.
+cache of the first run). The target on two cores: cold under 20 s, warm under 3 s, 300 MB. With --against another program reads the
+same folder in turn with the kind of run that --run names.
 """
 
 from __future__ import annotations
@@ -13,35 +14,48 @@ import argparse
 import io
 import json
 import os
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.measuring import Program, Row, add_face, compare, tell, theirs
+from benchmarks.watching import own_peak_bytes
+
 SIZES = [(96, 64), (64, 96), (80, 80), (128, 64), (72, 100)]
 FORMATS = [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")]
 RUNS = ("cold", "in memory", "warm")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--images", type=int, default=100_000, help="how many images to make (default: 100000)")
     parser.add_argument("--workers", type=int, default=None, help="threads of the index (default: what training takes)")
     parser.add_argument("--folder", type=Path, default=None, help="keep the images in this folder and use them again")
+    parser.add_argument("--run", choices=RUNS, default="cold", help="the kind of run for --against (cold)")
     parser.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    add_face(parser, "{folder} is replaced by the folder of images.")
+    options = parser.parse_args(words)
     if options.measure:
-        print(json.dumps(measure(options.folder, options.workers, options.measure)))
+        print(json.dumps({"rows": [measure(options.folder, options.workers, options.measure)]}))
         return
     with tempfile.TemporaryDirectory(prefix="dataset_index_") as temporary:
         folder = options.folder or Path(temporary)
         make_images(folder, options.images)
-        results = {run: in_own_process(folder, options.workers, run) for run in RUNS}
-        report(folder, options.images, results)
+        programs = {run: Program(run, command(folder, options.workers, run), items=options.images) for run in RUNS}
+        if options.against:
+            against = theirs(options.against, {"folder": folder}, items=options.images)
+            rows = compare(programs[options.run], against, options.rounds, lambda: prepare(folder, options.run))
+        else:
+            rows = []
+            for run, program in programs.items():
+                prepare(folder, run)
+                rows.append(program.run())
+        size = folder / "index_cache.json"
+        cache_mb = round(size.stat().st_size / 1e6, 1) if size.exists() else None
+    tell("dataset_index", rows, options.json, images=options.images, index_cache_mb=cache_mb)
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -70,20 +84,20 @@ def make_images(folder: Path, count: int) -> None:
     print(f"{count} images in {folder} made in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
-def in_own_process(folder: Path, workers: int | None, run: str) -> dict[str, float]:
+def command(folder: Path, workers: int | None, run: str) -> list[str]:
+    words = ["--measure", run, "--folder", str(folder), *(["--workers", str(workers)] if workers else [])]
+    return [sys.executable, "-m", "benchmarks.dataset_index", *words]
+
+
+def prepare(folder: Path, run: str) -> None:
+    """What has to be gone before a run of that kind."""
     if run == "cold":
         (folder / "index_cache.json").unlink(missing_ok=True)
         drop_pages(folder)
-    command = [sys.executable, __file__, "--measure", run, "--folder", str(folder)]
-    if workers is not None:
-        command += ["--workers", str(workers)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
 
 
-def measure(folder: Path, workers: int | None, run: str) -> dict[str, float]:
+def measure(folder: Path, workers: int | None, run: str) -> Row:
     """Index `folder` in this process. The in-memory run neither reads nor writes an index cache."""
-    sys.path.insert(0, str(ROOT))
     from library.data.index import DEFAULT_WORKERS, build_index
     from library.data.settings import DatasetSettings, SubsetSettings
 
@@ -93,17 +107,7 @@ def measure(folder: Path, workers: int | None, run: str) -> dict[str, float]:
     index = build_index([dataset], workers=workers or DEFAULT_WORKERS)
     seconds = time.perf_counter() - started
     images = sum(len(part.records) for part in [*index.training, *index.validation])
-    return {"images": images, "seconds": round(seconds, 2), "peak_mb": peak_memory()}
-
-
-def peak_memory() -> float:
-    """The most memory that this process has held, in MB; -1 where the system doesn't say."""
-    try:
-        import resource
-    except ImportError:
-        return -1.0
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    return {"what": run, "images": images, "index_seconds": seconds, "index_peak_mib": own_peak_bytes() / 2**20}
 
 
 def drop_pages(folder: Path) -> None:
@@ -116,26 +120,6 @@ def drop_pages(folder: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
-
-
-def report(folder: Path, count: int, results: dict[str, dict[str, float]]) -> None:
-    cache = folder / "index_cache.json"
-    print(f"{'run':<10} {'seconds':>8} {'images/s':>9} {'peak MB':>8}")
-    for run, result in results.items():
-        print(f"{run:<10} {result['seconds']:>8.2f} {count / result['seconds']:>9.0f} {result['peak_mb']:>8.1f}")
-    print(
-        json.dumps(
-            {
-                "benchmark": "dataset_index",
-                "images": count,
-                "cores": os.cpu_count(),
-                "python": platform.python_version(),
-                "system": platform.platform(),
-                "index_cache_mb": round(cache.stat().st_size / 1e6, 1),
-                "runs": results,
-            }
-        )
-    )
 
 
 if __name__ == "__main__":

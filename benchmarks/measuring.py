@@ -1,17 +1,179 @@
-"""What the benchmarks share: images to work on, a command's time and peak memory, a table."""
+"""What the benchmarks share: their face, another program in turn, tables and JSON, images to work on.
+
+Two programs are compared by running them in turn, A B A B, in one run on one machine: seconds told in a page are another machine's,
+ratios of one run are the reader's own.
+"""
 
 from __future__ import annotations
 
-import subprocess
-import time
-from collections.abc import Callable
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.watching import watch
+
+OF_COMPARISONS = ("--against", "--json", "--rounds")  # not handed on to a program that is compared
+Row = dict[str, Any]
+
+
+# --- the face ---------------------------------------------------------------------------------------------------------
+
+
+def add_face(parser: argparse.ArgumentParser, placeholders: str = "") -> None:
+    """The options that every benchmark has."""
+    more = f" {placeholders}" if placeholders else ""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed to this file too, as JSON")
+    parser.add_argument("--against", metavar="COMMAND", help=f"another program, run in turn in the same run.{more}")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each program runs with --against (2)")
+
+
+def tell(benchmark: str, rows: Sequence[Row], file: Path | None = None, **more: Any) -> None:
+    """Print the table, and all as JSON in the last line; to `file` too where there is one."""
+    print_rows(rows)
+    told = json.dumps({"benchmark": benchmark, "machine": machine(), **more, "rows": list(rows)})
+    print(told)
+    if file is not None:
+        file.write_text(told + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "gpu": gpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+    }
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table: one line a row, one column a number. A row may lack some."""
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "what"))
+    first = max(len(str(row["what"])) for row in rows)
+    widths = [max(len(name), 9) + 2 for name in names]
+    print(" " * first + "".join(f"{name:>{width}}" for name, width in zip(names, widths)))
+    for row in rows:
+        print(f"{row['what']:<{first}}" + "".join(f"{_cell(row.get(n)):>{w}}" for n, w in zip(names, widths)))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, (int, str)) else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+# --- two programs -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that takes part in a comparison."""
+
+    what: str
+    command: list[str]
+    longer: list[str] | None = None  # the same with `more_steps` steps more
+    more_steps: int = 0
+    items: int = 0  # what a run works off: images, captions
+
+    def run(self) -> Row:
+        """One run: seconds and memory, and the numbers of the first row of JSON that it prints last, as our benchmarks do."""
+        seen = watch(self.command)
+        row = {**numbers_told(seen.output), **seen.row(self.what)}
+        if self.items:
+            row["items_per_second"] = self.items / seen.seconds
+        if self.longer is not None:
+            long = watch(self.longer)
+            # what start-up costs is in both
+            row["step_seconds"] = (long.seconds - seen.seconds) / self.more_steps
+            row |= {"peak_mib": max(seen.peak_mib, long.peak_mib)}
+            if seen.gpu_mib is not None and long.gpu_mib is not None:
+                row["gpu_mib"] = max(seen.gpu_mib, long.gpu_mib)
+        return row
+
+
+def numbers_told(output: str) -> dict[str, float]:
+    """The numbers of the first row in the last line of a program's output, where that is JSON as `tell` prints it."""
+    try:
+        told = json.loads(output.strip().splitlines()[-1])
+        return {name: value for name, value in told["rows"][0].items() if isinstance(value, (int, float))}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def theirs(
+    text: str, places: Mapping[str, Any] | None = None, steps: tuple[int, int] | None = None, items: int = 0
+) -> Program:
+    """The program that --against names, with its {placeholders} filled.
+
+    items: what a run works off. steps: where the command has {steps}, it runs with either number, and seconds a step are the difference.
+    """
+
+    def filled(count: int | None) -> list[str]:
+        return [
+            fill(word, {**(places or {}), **({} if count is None else {"steps": count})}) for word in shlex.split(text)
+        ]
+
+    if steps is None or "{steps}" not in text:
+        return Program("against", filled(None), items=items)
+    return Program("against", filled(steps[0]), filled(steps[1]), steps[1] - steps[0], items)
+
+
+def fill(word: str, places: Mapping[str, Any]) -> str:
+    for name, value in places.items():
+        word = word.replace(f"{{{name}}}", str(value))
+    return word
+
+
+def ours(module: str, words: Sequence[str]) -> Program:
+    """This benchmark with the words that it was given, less those about the comparison."""
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in OF_COMPARISONS:
+            skip = True
+        elif word.split("=", 1)[0] not in OF_COMPARISONS:
+            kept.append(word)
+    return Program("ours", [sys.executable, "-m", module, *kept])
+
+
+def compare(first: Program, second: Program, rounds: int, before: Callable[[], None] = lambda: None) -> list[Row]:
+    """Run both in turn, `rounds` times: a row for each (the median of each number), and their ratio, first to second.
+
+    before: called ahead of each run, to clear away what the last one left.
+    """
+    runs: dict[str, list[Row]] = {first.what: [], second.what: []}
+    for number in range(rounds):
+        for program in (first, second) if number % 2 == 0 else (second, first):
+            before()
+            runs[program.what].append(program.run())
+    rows = [_middle(what, found) for what, found in runs.items()]
+    shared = [name for name in rows[0] if name != "what" and rows[1].get(name)]
+    return [*rows, {"what": "ratio", **{name: rows[0][name] / rows[1][name] for name in shared}}]
+
+
+def _middle(what: str, runs: Sequence[Mapping[str, Any]]) -> Row:
+    names = [name for name in runs[0] if name != "what" and all(name in run for run in runs)]
+    return {"what": what, **{name: statistics.median(run[name] for run in runs) for name in names}}
+
+
+# --- something to work on ---------------------------------------------------------------------------------------------
 
 
 def make_images(folder: Path, count: int, side: int) -> Path:
@@ -24,39 +186,3 @@ def make_images(folder: Path, count: int, side: int) -> Path:
         Image.fromarray(pixels).save(data / f"{number:05d}.png")
         (data / f"{number:05d}.txt").write_text(f"picture number {number}", encoding="utf-8")
     return data
-
-
-def measure(what: str, command: list[str], items: int, is_there: Callable[[], bool] | None = None) -> dict[str, Any]:
-    """Run a command; seconds from launch to end, start-up included, and its peak memory.
-
-    is_there: asked all the while; the seconds until it first says yes are `first_step`.
-    """
-    started, first = time.perf_counter(), None
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident_bytes(process.pid))
-        if first is None and is_there is not None and is_there():
-            first = time.perf_counter() - started
-        time.sleep(0.02)
-    seconds = time.perf_counter() - started
-    if process.returncode != 0:
-        raise SystemExit((process.stderr.read() if process.stderr else b"").decode(errors="replace"))
-    row = {"what": what, "seconds": seconds, "items_per_second": items / seconds, "peak_mib": peak / 2**20}
-    return row if is_there is None else {**row, "first_step": first or seconds}
-
-
-def resident_bytes(process: int) -> int:
-    """Resident memory of a process; 0 where the system does not tell (no /proc)."""
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return pages * 4096
-
-
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    names = [name for name in rows[0] if name != "what"]
-    print(f"{'':<20}" + "".join(f"{name:>18}" for name in names))
-    for row in rows:
-        print(f"{row['what']:<20}" + "".join(f"{row[name]:>18.2f}" for name in names))

@@ -1,0 +1,249 @@
+"""A training job of any size on random weights, put together from the trainer's own parts by the trainer's own options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from library.memory.arrange import arrange
+from library.memory.block_swap import BlockSwapper, swap_limit
+from library.options.errors import UserError
+from library.options.resolve import resolve_options
+from library.run_network import make_network
+from library.run_plan import learning_rates
+from library.run_settings import flow_settings, loss_settings, memory_settings, scheduler_settings
+from library.sd3.mmdit import MMDiT
+from library.sd3.mmdit_config import HEAD_SIZE, MMDiTConfig
+from library.training.gradients import GradientReducer, LossScaler
+from library.training.loop import LoopParts, LoopSettings, StepReport, TrainingLoop
+from library.training.optimizers import build_optimizer
+from library.training.precision import Precision, choose_precision
+from library.training.schedulers import build_schedule
+from library.training.seeds import DrawGenerators, seed_everything
+from library.training.state import Position
+from library.training.step import DenoisingStep, StepInput, StepResult
+
+PRESETS = {
+    "sd3m": MMDiTConfig(24, 1536, 2, 16, 16, 4096, 2048, 6144, 192, False, ()),
+    "sd35m": MMDiTConfig(24, 1536, 2, 16, 16, 4096, 2048, 6144, 384, True, tuple(range(13))),
+    "sd35l": MMDiTConfig(38, 2432, 2, 16, 16, 4096, 2048, 9728, 192, True, ()),
+}
+CLIP_TOKENS = 77
+ENDLESS = 10**9  # steps
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Options that say how large the model is."""
+    parser.add_argument("--preset", choices=list(PRESETS), default="sd3m", help="whose sizes (sd3m)")
+    parser.add_argument("--scale", type=float, default=1.0, help="make it this much less deep and wide (1)")
+    parser.add_argument("--depth", type=int, help="blocks, instead of the preset's")
+    parser.add_argument("--hidden_size", type=int, help="channels, a multiple of 64, instead of the preset's")
+
+
+def sizes(chosen: argparse.Namespace) -> MMDiTConfig:
+    """The configuration that the options of `add_sizes` ask for."""
+    full = PRESETS[chosen.preset]
+    depth = chosen.depth or max(2, round(full.depth * chosen.scale))
+    width = chosen.hidden_size or max(HEAD_SIZE, round(full.hidden_size * chosen.scale / HEAD_SIZE) * HEAD_SIZE)
+    if width % HEAD_SIZE or depth < 1:
+        raise SystemExit(f"--hidden_size must be a multiple of {HEAD_SIZE}, --depth at least 1.")
+    dual = round(len(full.dual_attention_blocks) * depth / full.depth)
+    return replace(
+        full, depth=depth, hidden_size=width, mlp_hidden_size=4 * width, dual_attention_blocks=tuple(range(dual))
+    )
+
+
+def random_model(config: MMDiTConfig, dtype: torch.dtype, seed: int = 0) -> MMDiT:
+    """A frozen model of noise on the CPU: weights of the size that keeps activations near 1, biases and tables small."""
+    with torch.device("meta"):
+        model = MMDiT(config)
+    noise = torch.randn(2**20 - 3, generator=torch.Generator().manual_seed(seed))  # no period that divides a row
+    tensors = {}
+    for name, empty in model.state_dict().items():
+        centre = 1.0 if name.endswith(("ln_q.weight", "ln_k.weight")) else 0.0
+        size = empty[0].numel() ** -0.5 if empty.dim() > 1 and name != "pos_embed" else 0.1
+        values = (centre + size * noise).to(dtype)
+        times = -(-empty.numel() // values.numel())
+        tensors[name] = values.repeat(times)[: empty.numel()].view(empty.shape).clone()
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def training_options(words: Sequence[str]) -> argparse.Namespace:
+    """The trainer's options, from its own parser and checks. UserError for what is wrong with them.
+
+    What stands for itself here need not be given: the model, the data, the folder and the length of the run.
+    """
+    fixed = [
+        *(
+            "--pretrained_model_name_or_path",
+            "random",
+            "--train_data_dir",
+            ".",
+            "--output_dir",
+            ".",
+            "--output_name",
+            "x",
+        ),
+        *("--max_train_steps", str(ENDLESS), "--network_module", "networks.lora_sd3", "--network_train_unet_only"),
+        *("--resolution", "1024", "--caption_extension", ".txt"),
+    ]
+    resolved = resolve_options([*fixed, *words])
+    problems = list(resolved.problems)
+    if resolved.args.memory_plan or resolved.args.blocks_to_swap == "auto":
+        problems.append("A benchmark measures what it is told: give --blocks_to_swap a number, and no --memory_plan.")
+    if problems:
+        raise UserError(problems)
+    return resolved.args
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch."""
+
+    batch: int
+    height: int  # pixels
+    width: int
+    text_tokens: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, side: int) -> Shape:
+        return cls(args.train_batch_size, side, side, CLIP_TOKENS + args.t5xxl_max_token_length)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the loop reads of a batch, and the latents and text that stand for it on the device."""
+
+    loss_weights: Tensor
+    paths: list[str]
+    latents: Tensor
+    conditioning: tuple[Tensor, Tensor]
+
+
+@dataclass
+class Job:
+    """A loop that can be asked for one step after another."""
+
+    model: MMDiT
+    network: Any  # networks.lora.LoRANetwork, or another module's
+    swapper: BlockSwapper | None
+    loop: TrainingLoop
+    batch: MicroBatch
+    position: Position
+
+    def step(self) -> StepReport:
+        """One optimizer step: forward, backward, clip, step."""
+        count = self.loop.settings.accumulation
+        samples = count * len(self.batch.paths)
+        report = self.loop.optimizer_step(self.position, repeat(self.batch, count), samples)
+        self.position = report.position
+        return report
+
+
+class NoEvents:
+    """Nothing happens between steps."""
+
+    def after_step(self, report: StepReport) -> None:
+        return
+
+    def after_epoch(self, position: Position) -> None:
+        return
+
+    def should_stop(self) -> bool:
+        return False
+
+
+def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device: torch.device) -> Job:
+    """Model, network, optimizer and loop as the trainer makes them, on `device`."""
+    precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, device)
+    model = random_model(config, precision.dtype)
+    settings = memory_settings(args, min(int(args.blocks_to_swap or 0), swap_limit(config.depth)))
+    swapper = arrange(model, settings, device)
+    seed_everything(args.seed or 0)
+    network = make_network(args, [None] * 3, model).to(device, precision.trained_dtype).train()
+    network.attach()
+    groups = network.parameter_groups(learning_rates(args, False))
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = build_optimizer(args.optimizer_type, groups, args.learning_rate, args.optimizer_args)
+    schedule = build_schedule(
+        scheduler_settings(args, ENDLESS), optimizer.optimizer, optimizer.is_schedule_free, optimizer.forced_schedule
+    )
+    optimizer.train()
+    parts = LoopParts(
+        losses=_losses(args, model, network, device),
+        parameters=parameters,
+        optimizer=optimizer,
+        schedule=schedule,
+        reducer=GradientReducer(parameters, 1),
+        device=device,
+        scaler=LossScaler(device) if precision.scale_loss else None,
+    )
+    length = LoopSettings(args.gradient_accumulation_steps, ENDLESS, args.max_grad_norm, args.seed or 0)
+    batch = random_batch(config, shape, precision, device)
+    return Job(model, network, swapper, TrainingLoop(length, parts, NoEvents()), batch, Position())
+
+
+def _losses(
+    args: argparse.Namespace, model: MMDiT, network: Any, device: torch.device
+) -> Callable[[MicroBatch, DrawGenerators], StepResult]:
+    def predict(noisy: Tensor, timesteps: Tensor, conditioning: tuple[Tensor, Tensor]) -> Tensor:
+        return model(noisy, timesteps, *conditioning)
+
+    step = DenoisingStep(flow_settings(args), loss_settings(args), predict, lambda: network.enabled(False), device)
+
+    def losses(batch: MicroBatch, draws: DrawGenerators) -> StepResult:
+        given = StepInput(batch.latents, batch.conditioning, batch.loss_weights, mask=None, preserve=None)
+        return step(given, draws)
+
+    return losses
+
+
+def random_batch(config: MMDiTConfig, shape: Shape, precision: Precision, device: torch.device) -> MicroBatch:
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    context = noise(shape.batch, shape.text_tokens, config.context_size).to(precision.dtype)
+    pooled = noise(shape.batch, config.pooled_size).to(precision.dtype)
+    latents = noise(shape.batch, config.in_channels, shape.height // 8, shape.width // 8)
+    weights = torch.ones(shape.batch, device=device)
+    return MicroBatch(weights, [f"{number}.png" for number in range(shape.batch)], latents, (context, pooled))
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+def model_flops(config: MMDiTConfig, args: argparse.Namespace, shape: Shape) -> int:
+    """Operations of a step's forward and backward, optimizer aside: what the model needs, without what memory savers compute again.
+
+    The model and its network run once on the meta device, with shapes alone, and torch counts. Two for each multiplication
+    with its addition; attention counts with two products forward and four backward.
+    """
+    with torch.device("meta"):
+        model = MMDiT(config).requires_grad_(False)
+    network = make_network(args, [None] * 3, model)
+    network.train().attach()
+    context = torch.empty(shape.batch, shape.text_tokens, config.context_size, device="meta")
+    pooled = torch.empty(shape.batch, config.pooled_size, device="meta")
+    noisy = torch.empty(shape.batch, config.in_channels, shape.height // 8, shape.width // 8, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(noisy, torch.empty(shape.batch, device="meta"), context, pooled).float().square().mean().backward()
+    return counter.get_total_flops() * args.gradient_accumulation_steps
