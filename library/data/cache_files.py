@@ -38,6 +38,11 @@ def cache_path(image: str, kind: str, cache_dir: Path | None) -> Path:
     return cache_dir / _fitting(f"{folder}.{path.name}", end)
 
 
+def cache_folder(image: str, cache_dir: Path | None) -> str:
+    """The folder of `cache_path`, found quickly: for counting what a hundred thousand files will take."""
+    return os.path.dirname(image) if cache_dir is None else str(cache_dir)  # noqa: PTH120 (Path takes ten times as long)
+
+
 def _fitting(name: str, end: str) -> str:
     """The two joined; a name that would be too long for a file is cut and ends in its hash."""
     room, encoded = LONGEST_NAME - len(end), os.fsencode(name)

@@ -23,6 +23,7 @@ from library.data.augment import frozen_chance
 from library.data.buckets import cover
 from library.data.cache_files import (
     FORMAT,
+    cache_folder,
     cache_path,
     check_writable,
     content_hash,
@@ -129,15 +130,15 @@ class LatentCache:
 
     def bytes_needed(self, missing: Sequence[Entry]) -> dict[Path, int]:
         """What the files to be made take in each folder."""
-        needed: dict[Path, int] = {}
+        needed: dict[str, int] = {}
         if not self.settings.on_disk:
-            return needed
+            return {}
         for entry in missing:
             cells = entry.record.bucket[0] * entry.record.bucket[1] // LATENT_CELL**2
             size = 4 * cells * (LATENT_CHANNELS * (1 + entry.flipped) + 1)
-            folder = self._path(entry).parent
+            folder = cache_folder(entry.record.path, self.settings.cache_dir)
             needed[folder] = needed.get(folder, 0) + size
-        return needed
+        return {Path(folder): size for folder, size in needed.items()}
 
     def share(self, missing: Sequence[Entry], rank: int, processes: int) -> list[Entry]:
         """What one process makes of files that all have found missing; all of a cache in memory, which is its own."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from library.data.cache_files import (
     FORMAT,
+    cache_folder,
     cache_path,
     check_writable,
     missing_files,
@@ -114,11 +115,11 @@ class TextCache:
 
     def bytes_needed(self, missing: Sequence[str]) -> dict[Path, int]:
         """What the files to be made take in each folder."""
-        needed: dict[Path, int] = {}
+        needed: dict[str, int] = {}
         for path in missing if self.settings.on_disk else ():
-            folder = self._path(path).parent
+            folder = cache_folder(path, self.settings.cache_dir)
             needed[folder] = needed.get(folder, 0) + self.settings.bytes_each * len(self.stored[path])
-        return needed
+        return {Path(folder): size for folder, size in needed.items()}
 
     def fill(self, missing: Sequence[str], encode: EncodeCaptions, chunk: int = 1024) -> None:
         """Encode each distinct text of the missing images once, `chunk` texts a call, and the further texts that are missing."""
