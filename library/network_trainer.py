@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from library.data.examples import bucket_examples
 from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache
 from library.data.loader import Batch, Loader, LoaderSettings, preserves
 from library.data.text_cache import TextCache
@@ -42,6 +41,7 @@ from library.run_resume import state_to_resume, whole_state
 from library.run_settings import (
     base_weight_files,
     flow_settings,
+    hub_settings,
     loss_settings,
     memory_advice,
     scheduler_settings,
@@ -55,17 +55,16 @@ from library.run_sharing import (
     sharing_warnings,
     unlike_starts,
 )
+from library.run_show import show_plan
 from library.sd3.flow import validation_timesteps
-from library.training.dataset_sheets import PICTURES, write_dataset_sheets
 from library.training.ema import WeightEma
 from library.training.gradients import GradientReducer, LossScaler
-from library.training.hub import HubSettings, HubUploader
+from library.training.hub import HubUploader
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
 from library.training.optimizers import build_optimizer
 from library.training.out_of_memory import told_clearly
 from library.training.precision import choose_precision
 from library.training.progress import progress_bar
-from library.training.saving import told_if_unwritable
 from library.training.schedulers import build_schedule
 from library.training.seeds import DrawGenerators, seed_everything
 from library.training.shared_optimizer import build_shared_optimizer, can_be_shared
@@ -166,38 +165,16 @@ class NetworkTrainer(ModelFamily):
 
     def start_uploads(self) -> HubUploader | None:
         """Reach the Hub repository now, if files are to be uploaded to one."""
-        args = self.args
-        only_shown = args.dry_run or args.debug_dataset
-        if not args.huggingface_repo_id or only_shown or not self.accelerator.is_main_process:
+        settings, only_shown = hub_settings(self.args), self.args.dry_run or self.args.debug_dataset
+        if settings is None or only_shown or not self.accelerator.is_main_process:
             return None
-        return HubUploader(
-            HubSettings(
-                repo_id=args.huggingface_repo_id,
-                repo_type=args.huggingface_repo_type or "model",
-                path_in_repo=args.huggingface_path_in_repo or "",
-                private=args.huggingface_repo_visibility != "public",
-                token=args.huggingface_token,
-                in_background=args.async_upload,
-            )
-        )
+        return HubUploader(settings)
 
     def show_plan(self) -> None:
         """What would be trained, without training: `--dry_run` and `--debug_dataset`, which draws sheets of the images too."""
-        args, plan = self.args, self.plan
-        if not self.accelerator.is_main_process:
-            return
-        print(plan.text(args.gradient_accumulation_steps))
-        if self.memory:
-            print(f"\n{self.memory}")
-        if not args.debug_dataset:
-            return
-        settings = replace(self.loader_settings(), workers=0, pin_memory=False)
-        for kind, batches in (("training", plan.training), ("validation", plan.validation)):
-            if batches is not None:
-                folder, name = Path(args.output_dir) / "dataset", f"{args.output_name or 'last'}-{kind}"
-                with told_if_unwritable(folder):
-                    for path in write_dataset_sheets(bucket_examples(batches, settings, PICTURES), folder, name):
-                        print(f"{kind}: {path}")
+        if self.accelerator.is_main_process:
+            settings = replace(self.loader_settings(), workers=0, pin_memory=False)
+            show_plan(self.args, self.plan, self.memory, settings)
 
     def cache_texts(self) -> None:
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""

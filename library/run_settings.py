@@ -11,6 +11,7 @@ from library.memory.arrange import MemorySettings
 from library.memory.checkpointing import CheckpointSettings
 from library.options.table import OPTIONS
 from library.sd3.flow import FlowSettings
+from library.training.hub import HubSettings
 from library.training.loss import LossSettings
 from library.training.schedulers import SchedulerSettings
 from library.training.state import Position
@@ -38,6 +39,20 @@ def flow_settings(args: argparse.Namespace) -> FlowSettings:
 
 def loss_settings(args: argparse.Namespace) -> LossSettings:
     return LossSettings(args.loss_type, args.huber_schedule, args.huber_c, args.huber_scale)
+
+
+def hub_settings(args: argparse.Namespace) -> HubSettings | None:
+    """Where saved files are uploaded to; None where nowhere."""
+    if not args.huggingface_repo_id:
+        return None
+    return HubSettings(
+        repo_id=args.huggingface_repo_id,
+        repo_type=args.huggingface_repo_type or "model",
+        path_in_repo=args.huggingface_path_in_repo or "",
+        private=args.huggingface_repo_visibility != "public",
+        token=args.huggingface_token,
+        in_background=args.async_upload,
+    )
 
 
 def base_weight_files(args: argparse.Namespace) -> list[tuple[str, float]]:
