@@ -12,6 +12,8 @@ from torch import nn
 from library.memory.quantize import in_joint_blocks, replace_linears
 from library.memory.stand_ins import STAND_INS
 from library.options.errors import UserError
+from library.run_caches import encoder_roles
+from library.run_network import make_network
 from library.run_plan import RunPlan
 from library.sd3.checkpoint import ModelFiles
 from library.sd3.conditioning import CLIP_TOKENS
@@ -34,8 +36,8 @@ from library.training.step_memory import (
     measure_vae,
     weight_bytes,
 )
-from networks.arguments import arguments_of
-from networks.network_modules import network_module
+
+STARTS_ANEW = {"network_weights": None}
 
 
 class MeasuredRun:
@@ -55,12 +57,11 @@ class MeasuredRun:
         self.device_type = "cpu" if device_type == "cpu" and args.vram is None else "cuda"
         self.files: ModelFiles = plan.files
         self.shape = self._largest_batch()
-        self.trains = dict(zip(ENCODERS, plan.rates.trained_text_encoders))
         present = [name for name, part in self.files.encoders().items() if part is not None]
-        self.trained_encoders = [name for name in present if self.trains[name]]
-        self.live = self.trained_encoders if args.cache_text_encoder_outputs else present
+        trains = dict(zip(ENCODERS, plan.rates.trained_text_encoders))
+        self.roles = encoder_roles(present, trains, args.cache_text_encoder_outputs)
         self.encoders = {name: self._encoder(name) for name in present}
-        self.t5_may_move = "t5xxl" in present and not args.t5xxl_device and "t5xxl" not in self.trained_encoders
+        self.t5_may_move = "t5xxl" in present and not args.t5xxl_device and "t5xxl" not in self.roles.trained
         self.models: dict[str | None, ModelBytes] = {}
         self._measure_training(quantisation, processes)
         self._measure_encoders()
@@ -91,17 +92,16 @@ class MeasuredRun:
         return model
 
     def _network(self, denoiser: nn.Module | None) -> nn.Module:
-        args, module = self.args, network_module(self.args.network_module)
-        encoders = [self.encoders[name] if name in self.trained_encoders else None for name in ENCODERS]
-        arguments = arguments_of(args.network_args)
-        if args.dim_from_weights:
-            network, _ = module.create_network_from_weights(
-                1.0, args.network_weights, None, encoders, denoiser, neuron_dropout=args.network_dropout, **arguments
-            )
-        else:
-            network = module.create_network(
-                1.0, args.network_dim, args.network_alpha, None, encoders, denoiser, args.network_dropout, **arguments
-            )
+        """The network on the meta device. The weights that it starts with take no other room."""
+        args = self.args if self.args.dim_from_weights else argparse.Namespace(**{**vars(self.args), **STARTS_ANEW})
+        encoders = [self.encoders[name] if name in self.roles.trained else None for name in ENCODERS]
+        try:
+            network = make_network(args, encoders, denoiser)
+        except NotImplementedError as error:
+            raise UserError(
+                f"--memory_plan and --blocks_to_swap auto can't reckon with this network of {args.network_module}, which reads "
+                "the base model's weights while it is made. Choose the memory options yourself."
+            ) from error
         network.to("meta", self.precision.trained_dtype).train().attach()
         return network
 
@@ -173,7 +173,7 @@ class MeasuredRun:
         self.ahead, self.kept_by_encoders = {}, 0
         for name, model in self.encoders.items():
             self.ahead[name] = measure_encoder(model, ahead, tokens[name], self.device_type, trained=False)
-            if name in self.trained_encoders:
+            if name in self.roles.trained:
                 if args.gradient_checkpointing:
                     checkpoint_layers(model)
                 self.kept_by_encoders += measure_encoder(
@@ -202,8 +202,7 @@ class MeasuredRun:
 
     def caption_bytes(self, t5_on_cpu: bool) -> int:
         """Caching text: one encoder after another; nothing where captions are encoded live."""
-        ahead = [name for name in self.encoders if name not in self.live]
-        on_device = [name for name in ahead if not (name == "t5xxl" and self._t5_is_away(t5_on_cpu))]
+        on_device = [name for name in self.roles.ahead if not (name == "t5xxl" and self._t5_is_away(t5_on_cpu))]
         return max((self.encoder_weights[name] + self.ahead[name] for name in on_device), default=0)
 
     def _t5_is_away(self, t5_on_cpu: bool) -> bool:
@@ -211,7 +210,7 @@ class MeasuredRun:
 
     def live_weights(self, t5_on_cpu: bool) -> int:
         """Encoders that training needs, and the VAE where images are encoded live."""
-        names = [name for name in self.live if not (name == "t5xxl" and self._t5_is_away(t5_on_cpu))]
+        names = [name for name in self.roles.live if not (name == "t5xxl" and self._t5_is_away(t5_on_cpu))]
         return sum(self.encoder_weights[name] for name in names) + (self.vae_weights if self._vae_stays() else 0)
 
     def reckoner(self, t5_on_cpu: bool) -> StepReckoner:

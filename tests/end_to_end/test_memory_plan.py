@@ -46,7 +46,9 @@ def test_the_released_models_train_at_1024_on_small_cards(workshop: Workshop, tm
     args = trainer.args
     assert args.gradient_checkpointing and args.blocks_to_swap and args.t5xxl_device == "cpu"
     assert not args.fp8_base  # exact levers are enough
-    sizes = {title.strip(): float(size) for title, size in re.findall(r"^  (.+?) {2,}([\d.]+) GiB$", text, re.MULTILINE)}
+    sizes = {
+        title.strip(): float(size) for title, size in re.findall(r"^  (.+?) {2,}([\d.]+) GiB$", text, re.MULTILINE)
+    }
     assert 0.5 * vram < sizes["training step"] <= vram - 0.5
     assert sizes["pinned host memory"] <= (16 if kind == "sd35l" else 5)
     assert f"--blocks_to_swap {args.blocks_to_swap}" in text and "--t5xxl_device cpu" in text
@@ -93,3 +95,19 @@ def test_trained_encoders_and_live_images_are_counted(workshop: Workshop, tmp_pa
     assert main(workshop.arguments(tmp_path, "--dry_run", memory_plan="auto", vram=8)) == 0
     text = capsys.readouterr().out
     assert "images encoded in a step" in text and "text encoders, VAE" in text
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("networks.lora_sd3", ("use_dora=True",)), ("lycoris.kohya", ("algo=loha",)), ("lycoris.kohya", ("algo=full",))],
+)
+def test_every_kind_of_network_is_reckoned_with_or_refused(
+    workshop: Workshop, tmp_path: Path, capsys, module: str, arguments: tuple[str, ...]
+):
+    words = [*CACHED, "--dry_run", "--network_args", *arguments]
+    code = main(workshop.arguments(tmp_path, *words, memory_plan="auto", vram=8, network_module=module))
+    said = capsys.readouterr()
+    if "algo=full" in arguments:  # it copies the base model's weights while it is made
+        assert code == 2 and "can't reckon with this network" in said.err
+    else:
+        assert code == 0 and "LoRA, optimizer, averages" in said.out
