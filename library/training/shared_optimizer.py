@@ -98,8 +98,11 @@ def build_shared_optimizer(
     """As `build_optimizer`, for this process's share; after its step every process has all new values.
 
     reducer: of all the groups' parameters, in their order; its buffer carries the values. `can_be_shared(name)` holds.
+    Where some process would have nothing to step, every process keeps the whole state.
     """
     owners = owners_of([parameter.numel() for parameter in reducer.parameters], reducer.world_size)
+    if len(set(owners)) < reducer.world_size:
+        return build_optimizer(name, groups, learning_rate, optimizer_args)
     shares = Shares([len(group["params"]) for group in groups], owners, rank, dist.new_group(backend="gloo"))
     mine = [
         {**group, "params": [each for number, each in zip(members, group["params"]) if owners[number] == rank]}

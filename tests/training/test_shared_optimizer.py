@@ -122,3 +122,12 @@ def test_shares_are_neighbours_of_about_equal_size():
 )
 def test_optimizers_that_look_at_all_weights_stay_whole(name: str, shared: bool):
     assert can_be_shared(name) is shared
+
+
+def test_where_a_process_would_have_nothing_to_step_all_keep_the_whole_state():
+    """It could not do as the others do with a step that is skipped."""
+    made = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    given = ("AdamW", [{"params": made, "lr": 0.1}], 0.1, None)
+    bundle = build_shared_optimizer(*given, GradientReducer(made, world_size=3), rank=0)
+    assert type(bundle) is OptimizerBundle
+    assert [len(group["params"]) for group in bundle.optimizer.param_groups] == [2]
