@@ -163,6 +163,7 @@ def expected_options(workshop: Workshop, folder: Path) -> dict[str, str]:
         "ss_full_bf16": "False",
         "ss_fp8_base": "False",
         "ss_fp8_base_unet": "False",
+        "ss_fp8_matmul": "False",
         "ss_base_quantization": "None",
         "ss_lowram": "True",
         "ss_cache_latents": "True",
