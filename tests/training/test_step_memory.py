@@ -29,8 +29,8 @@ from library.training.step_memory import (
 )
 from networks.lora_sd3 import create_network
 
-CONFIG = MMDiTConfig(6, 128, 2, 16, 16, 192, 256, 512, 64, True, (0, 1))
-SHAPE = StepShape(batch=2, height=384, width=256, context_tokens=100)
+CONFIG = MMDiTConfig(5, 128, 2, 16, 16, 192, 256, 512, 64, True, (0, 1))
+SHAPE = StepShape(batch=2, height=256, width=192, context_tokens=100)
 DEPTH, CPU = CONFIG.depth, torch.device("cpu")
 
 
@@ -47,11 +47,11 @@ def reckoner(levers: Levers, dtype: torch.dtype = torch.float32, **arguments: st
         replace_linears(model, STAND_INS[levers.quantisation], in_joint_blocks)
     network = network_of(model, **arguments)
     blocks = tuple(weight_bytes(block) for block in model.joint_blocks)
-    passes = {policy: measure_pass(model, network, policy, SHAPE, "cpu") for policy in POLICIES}
+    needed = {"none", levers.policy, levers.uncheckpointed}
+    passes = {policy: measure_pass(model, network, policy, SHAPE, "cpu") for policy in POLICIES if policy in needed}
     gradients = lora_bytes(network, DEPTH)
     size = sum(p.numel() * p.element_size() for p in network.parameters())
-    cost = optimizer_cost("AdamW", 1e-4, None, torch.float32)
-    trained = TrainedBytes(weight_bytes(network), tuple(gradients), size - sum(gradients), int(cost.kept * size), 0, 0)
+    trained = TrainedBytes(weight_bytes(network), tuple(gradients), size - sum(gradients), 2 * size, 0, 0)
     models = {levers.quantisation: ModelBytes(blocks, weight_bytes(model) - sum(blocks), passes)}
     streams = SHAPE.streams * CONFIG.hidden_size * dtype.itemsize
     return StepReckoner(models, trained, 0, 0, streams, tuple(block_work(model, SHAPE)))
@@ -107,14 +107,11 @@ def allocated_peak(work: Callable[[], None]) -> int:
     [
         (Levers(), {}),
         (Levers(lean=True), {}),
-        (Levers("full", 3, lean=True), {"split_qkv": "True"}),
+        (Levers("full", 3, lean=True, swap=2), {"split_qkv": "True"}),
         (Levers("selective", DEPTH), {}),
-        (Levers("full", DEPTH), {}),
-        (Levers("full", 3, swap=2), {}),
         (Levers("full", DEPTH, offload=True), {}),
-        (Levers(quantisation="fp8"), {}),
         (Levers("full", DEPTH, quantisation="nf4"), {}),
-        (Levers("full", 4), {"train_block_indices": "2-4"}),
+        (Levers("full", 4, quantisation="fp8"), {"train_block_indices": "2-4"}),
         (Levers(), {"use_dora": "True"}),
     ],
     ids=str,
@@ -126,14 +123,15 @@ def test_the_reckoned_peak_is_the_allocators(levers: Levers, arguments: dict[str
     assert reckoner(levers, **arguments).activation_bytes(levers) == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers(swap=1), Levers(swap=4), Levers(swap=3, quantisation="int8")])
+@pytest.mark.parametrize("levers", [Levers(swap=1), Levers(swap=3, quantisation="int8")])
 def test_base_and_host_bytes_are_those_of_the_arranged_model(levers: Levers):
     model, swapper, _ = real_model(levers, CPU)
     whole = weight_bytes(model)
     away = swapper.host_bytes if swapper else 0
     on_device = whole - away + (swapper.device_bytes if swapper else 0)
-    assert reckoner(levers).base_bytes(levers) == pytest.approx(on_device, rel=0.02)  # packing aligns each tensor
-    assert reckoner(levers).host_bytes(levers) == pytest.approx(away, rel=0.02)
+    reckoned = reckoner(levers)
+    assert reckoned.base_bytes(levers) == pytest.approx(on_device, rel=0.02)  # packing aligns each tensor
+    assert reckoned.host_bytes(levers) == pytest.approx(away, rel=0.02)
 
 
 @pytest.mark.gpu
