@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""What a training step takes, and what `--memory_plan auto` would choose on cards of several sizes: reckoned from shapes, measured nowhere.
+
+    python -m benchmarks.memory
+    python -m benchmarks.memory --preset sd35l --resolution 768 --train_batch_size 2 --network_dim 32 --vram 8 12 24
+
+Batches, rank and optimizer are the trainer's own options. tests/training/test_step_memory.py holds these numbers to those of
+torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.job import PRESETS, Shape, training_options
+from benchmarks.measuring import Row, tell
+from library.run_memory import GAPS, GIB, OWN_SHARE
+from library.run_network import make_network
+from library.sd3.mmdit import MMDiT
+from library.training.memory_plan import (
+    Levers,
+    ModelBytes,
+    StepReckoner,
+    TrainedBytes,
+    Wanted,
+    choose,
+)
+from library.training.optimizer_memory import optimizer_cost
+from library.training.precision import choose_precision
+from library.training.step_memory import (
+    POLICIES,
+    StepShape,
+    block_work,
+    lora_bytes,
+    measure_pass,
+    weight_bytes,
+)
+
+EXACT = Wanted(quantisations=(None,))
+ENDLESS = 2**60  # bytes
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="*", choices=list(PRESETS), default=list(PRESETS), help="whose sizes (all)")
+    parser.add_argument("--resolution", type=int, default=1024, help="the images' side in pixels (1024)")
+    parser.add_argument("--vram", nargs="*", type=float, default=[4, 8, 12, 16, 24], help="cards in GiB")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed to this file too, as JSON")
+    chosen, more = parser.parse_known_args(words)
+    args = training_options(["--mixed_precision", "bf16", "--network_dim", "16", *more])
+    rows = []
+    for preset in chosen.preset:
+        rows += rows_of(preset, reckoner(preset, args, Shape.of(args, chosen.resolution)), chosen.vram)
+    tell("memory", rows, chosen.json, resolution=chosen.resolution, batch=args.train_batch_size, rank=args.network_dim)
+
+
+def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepReckoner:
+    """A released model with its LoRA, on the meta device. Text and latents are cached."""
+    precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, torch.device("meta"))
+    with torch.device("meta"):
+        model = MMDiT(PRESETS[preset]).to(precision.dtype).requires_grad_(False)
+    network = make_network(args, [None] * 3, model).to("meta", precision.trained_dtype).train()
+    network.attach()
+    batch = StepShape(shape.batch, shape.height, shape.width, shape.text_tokens)
+    blocks = tuple(weight_bytes(block) for block in model.joint_blocks)
+    passes = {policy: measure_pass(model, network, policy, batch, "cuda") for policy in POLICIES}
+    gradients = lora_bytes(network, len(blocks))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    cost = optimizer_cost(args.optimizer_type, args.learning_rate, args.optimizer_args, precision.trained_dtype)
+    trained = TrainedBytes(
+        weight_bytes(network), tuple(gradients), size - sum(gradients), int(cost.kept * size), 0, int(cost.step * size)
+    )
+    streams = batch.streams * model.config.hidden_size * precision.dtype.itemsize
+    models = {None: ModelBytes(blocks, weight_bytes(model) - sum(blocks), passes)}
+    return StepReckoner(models, trained, 0, 0, streams, tuple(block_work(model, batch)), rounds_pinned=True)
+
+
+def rows_of(preset: str, reckoned: StepReckoner, cards: list[float]) -> list[Row]:
+    """With each saver alone, with all of them, and as the plan chooses for each card."""
+    depth = reckoned.depth
+    told = {
+        "no option": Levers(),
+        "--lean_activations": Levers(lean=True),
+        "--gradient_checkpointing": Levers("full", depth),
+        "the least": choose(reckoned, EXACT, 0, ENDLESS)[0],
+    }
+    for card in cards:
+        levers, fits = choose(reckoned, EXACT, int((card * GIB - OWN_SHARE) * (1 - GAPS)), ENDLESS)
+        if fits:
+            told[f"a card of {card:g} GiB"] = levers
+    return [row(preset, name, reckoned, levers) for name, levers in told.items()]
+
+
+def row(preset: str, name: str, reckoned: StepReckoner, levers: Levers) -> Row:
+    step = reckoned.step_bytes(levers)
+    return {
+        "what": f"{preset}: {name}",
+        "GiB": round(step.total / GIB, 2),
+        "weights": round(step.base / GIB, 2),
+        "activations": round(step.activations / GIB, 2),
+        "host GiB": round(reckoned.host_bytes(levers) / GIB, 1),
+        "options": " ".join(levers.options(reckoned.depth)),
+    }
+
+
+if __name__ == "__main__":
+    main()
