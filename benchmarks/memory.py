@@ -78,7 +78,7 @@ def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepReckone
         weight_bytes(network), tuple(gradients), size - sum(gradients), int(cost.kept * size), 0, int(cost.step * size)
     )
     streams = batch.streams * model.config.hidden_size * precision.dtype.itemsize
-    models = {None: ModelBytes(blocks, weight_bytes(model) - sum(blocks), passes)}
+    models: dict[str | None, ModelBytes] = {None: ModelBytes(blocks, weight_bytes(model) - sum(blocks), passes)}
     return StepReckoner(models, trained, 0, 0, streams, tuple(block_work(model, batch)), rounds_pinned=True)
 
 
