@@ -68,12 +68,15 @@ def checkpoint_settings(args: argparse.Namespace) -> CheckpointSettings | None:
     return CheckpointSettings(blocks, args.selective_checkpointing, args.cpu_offload_checkpointing)
 
 
-def memory_settings(args: argparse.Namespace, blocks_to_swap: int, stays: bool = False) -> MemorySettings:
-    """How the denoiser is to spare memory. blocks_to_swap: as many as the model has to give."""
+def memory_settings(
+    args: argparse.Namespace, blocks_to_swap: int, stays: bool = False, several_sizes: bool = False
+) -> MemorySettings:
+    """How the denoiser is to spare memory. blocks_to_swap: as many as the model has to give. several_sizes: of images, in the run."""
     return MemorySettings(
         blocks_to_swap=blocks_to_swap,
         checkpointing=checkpoint_settings(args),
         compile_backend=args.dynamo_backend if args.torch_compile else None,
+        dynamic_shapes=several_sizes,
         quantisation="fp8" if args.fp8_base else args.base_quantization,
         fp8_products=args.fp8_matmul,
         lean=args.lean_activations,

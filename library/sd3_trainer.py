@@ -293,13 +293,19 @@ class Sd3NetworkTrainer(NetworkTrainer):
         model = load_mmdit(self.plan.files.mmdit, first, self.precision.dtype, mmap)
         self.base_weights.merge([], model)
         depth, shared_out = len(model.joint_blocks), self.sharing.base is not None
-        settings = memory_settings(args, self.blocks_to_swap(depth), stays=shared_out)
+        settings = memory_settings(args, self.blocks_to_swap(depth), shared_out, len(self.image_sizes()) > 1)
         self.swapper = arrange(model, settings, self.device)
         resolutions = [dataset.settings.resolution for dataset in self.plan.index.training]
         self.scaled_pos_embed = (
             ScaledPosEmbed(resolutions, model.config.hidden_size, self.device) if args.enable_scaled_pos_embed else None
         )
         return model
+
+    def image_sizes(self) -> set[Size]:
+        """All sizes (W, H) that the denoiser will see."""
+        datasets = (*self.plan.index.training, *self.plan.index.validation)
+        prompts = {(prompt.width, prompt.height) for prompt in self.plan.prompts}
+        return prompts.union(*(dataset.buckets for dataset in datasets))
 
     def shard(self, settings: ShardSettings, local_sizes: list[int]) -> ShardedModel:
         return ShardedModel(

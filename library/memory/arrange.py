@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,12 +14,15 @@ from library.memory.lean import lean
 from library.memory.quantize import in_joint_blocks, quantise
 from library.sd3.mmdit import BlockRunner, MMDiT, call_block
 
+GRAPHS_AT_MOST = 256  # of all kinds and shapes
+
 
 @dataclass(frozen=True)
 class MemorySettings:
     blocks_to_swap: int = 0
     checkpointing: CheckpointSettings | None = None
     compile_backend: str | None = None  # torch.compile's backend; None: eager
+    dynamic_shapes: bool = False  # compiled blocks serve images of all sizes, instead of one size each
     quantisation: str | None = None  # "fp8", "int8" or "nf4"
     fp8_products: bool = False  # with "fp8": multiply in float8 too
     lean: bool = False  # blocks that are not checkpointed keep lean activations; not with compile_backend
@@ -33,7 +38,10 @@ def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> Blo
     if settings.quantisation is not None:
         quantise(model, settings.quantisation, in_joint_blocks, device, settings.fp8_products)
     blocks = list(model.joint_blocks)
-    run: BlockRunner = compiled(settings.compile_backend) if settings.compile_backend else call_block
+    run: BlockRunner = call_block
+    if settings.compile_backend:
+        # On a CPU inductor's code for fixed shapes has wrong gradients where modulation is trained (PyTorch 2.13).
+        run = compiled(settings.compile_backend, settings.dynamic_shapes or device.type == "cpu")
     plain = lean(run) if settings.lean else run
     if settings.checkpointing is not None:
         offloader = ActivationOffloader(device) if settings.checkpointing.offload else None
@@ -51,10 +59,16 @@ def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> Blo
     return swapper
 
 
-def compiled(backend: str) -> BlockRunner:
-    """A block runner that compiles the joint block, once for all blocks of one kind and shape."""
+def compiled(backend: str | Callable[..., Any], dynamic: bool) -> BlockRunner:
+    """A block runner that compiles the joint block, once for all blocks of one kind (layers, LoRA, gradients wanted or not).
 
-    @torch.compile(backend=backend, dynamic=None)
+    dynamic: once for all shapes too, else once for each. It is one or the other, never a fixed shape first: with two graphs that
+    fit a shape, activation checkpointing could compute again by another one than it had computed by.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, GRAPHS_AT_MOST)  # beyond it torch runs uncompiled without a word
+
+    @torch.compile(backend=backend, dynamic=dynamic)
     def forward(block, context, x, c):
         return block(context, x, c)
 

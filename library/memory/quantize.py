@@ -91,29 +91,30 @@ class Fp8ProductLinear(Fp8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] in the compute dtype -> [..., out]."""
-        return cast(Tensor, _Fp8Product.apply(x, self.weight, self.weight_scale, self.bias))
+        rows = x.flatten(0, -2)  # [N, in]
+        tokens, token_scale = Fp8Linear.quantise(rows.detach())
+        product = _Fp8Product.apply(rows, tokens, token_scale, self.weight, self.weight_scale)  # [N, out]
+        out = product if self.bias is None else product + self.bias.to(x.dtype)
+        return cast(Tensor, out).view(*x.shape[:-1], self.out_features)
 
 
 class _Fp8Product(torch.autograd.Function):
-    """x W^T + b of float8 numbers; the gradient reaches x alone, as if x had not been rounded."""
+    """x W^T of float8 numbers; the gradient reaches x [N, in] alone, as if x had not been rounded to `tokens` [N, in]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        tokens, token_scale = Fp8Linear.quantise(x.flatten(0, -2))  # [N, in], [N, 1]
         # the GPU's kernel for row-wise scales returns bfloat16 alone
         returned = torch.bfloat16 if x.device.type == "cuda" else x.dtype
-        out = torch._scaled_mm(
+        return torch._scaled_mm(
             tokens, weight.t(), scale_a=token_scale, scale_b=scale.t(), out_dtype=returned, use_fast_accum=True
-        )
-        out = out.to(x.dtype) if bias is None else out.to(x.dtype).add_(bias.to(x.dtype))
-        return out.unflatten(0, x.shape[:-1])  # [..., out]
+        ).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         wide = Fp8Linear.widen(weight, scale, weight.shape, gradient.dtype)
-        return gradient @ wide, None, None, None
+        return gradient @ wide, None, None, None, None
 
 
 def fp8_product_problems(device: torch.device) -> list[str]:
