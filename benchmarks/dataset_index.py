@@ -30,14 +30,7 @@ RUNS = ("cold", "in memory", "warm")
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--images", type=int, default=100_000, help="how many images to make (default: 100000)")
-    parser.add_argument("--workers", type=int, default=None, help="threads of the index (default: what training takes)")
-    parser.add_argument("--folder", type=Path, default=None, help="keep the images in this folder and use them again")
-    parser.add_argument("--run", choices=RUNS, default="cold", help="the kind of run for --against (cold)")
-    parser.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
-    add_face(parser, "{folder} is replaced by the folder of images.")
-    options = parser.parse_args(words)
+    options = parser().parse_args(words)
     if options.measure:
         print(json.dumps({"rows": [measure(options.folder, options.workers, options.measure)]}))
         return
@@ -56,6 +49,17 @@ def main(words: Sequence[str] | None = None) -> None:
         size = folder / "index_cache.json"
         cache_mb = round(size.stat().st_size / 1e6, 1) if size.exists() else None
     tell("dataset_index", rows, options.json, images=options.images, index_cache_mb=cache_mb)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--images", type=int, default=100_000, help="how many images to make (default: 100000)")
+    made.add_argument("--workers", type=int, default=None, help="threads of the index (default: what training takes)")
+    made.add_argument("--folder", type=Path, default=None, help="keep the images in this folder and use them again")
+    made.add_argument("--run", choices=RUNS, default="cold", help="the kind of run for --against (cold)")
+    made.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
+    add_face(made, "{folder} is replaced by the folder of images.")
+    return made
 
 
 def make_images(folder: Path, count: int) -> None:

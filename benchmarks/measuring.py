@@ -94,7 +94,7 @@ class Program:
     def run(self) -> Row:
         """One run: seconds and memory, and the numbers of the first row of JSON that it prints last, as our benchmarks do."""
         seen = watch(self.command)
-        row = {**numbers_told(seen.output), **seen.row(self.what)}
+        row: Row = {"what": self.what, **numbers_told(seen.output), **seen.numbers()}
         if self.items:
             row["items_per_second"] = self.items / seen.seconds
         if self.longer is not None:

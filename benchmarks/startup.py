@@ -62,15 +62,8 @@ def first_step(kind: str, chosen: argparse.Namespace, folder: Path) -> Row:
     """One run of two steps: its first step is over when its line of numbers has been written."""
     metrics = folder / kind / "last.metrics.jsonl"
     seen = watch(command(kind, chosen, folder, 2), lambda: metrics.exists() and metrics.stat().st_size > 0)
-    return {
-        "what": f"{kind} caches" if KINDS[kind] else "no caches",
-        "first_step": seen.first,
-        **without_name(seen.row("")),
-    }
-
-
-def without_name(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "what"}
+    what = f"{kind} caches" if KINDS[kind] else "no caches"
+    return {"what": what, "first_step": seen.first, **seen.numbers()}
 
 
 def in_turn(chosen: argparse.Namespace, folder: Path, data: Path) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1  # looking costs about 3 ms
 GPU_POLL_SECONDS = 0.25
 
 
@@ -27,15 +27,9 @@ class Watched:
     first: float | None  # seconds until `is_there` said yes
     output: str
 
-    def row(self, what: str) -> dict[str, Any]:
-        gpu = {} if self.gpu_mib is None else {"gpu_mib": self.gpu_mib}
-        return {
-            "what": what,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "peak_mib": self.peak_mib,
-            **gpu,
-        }
+    def numbers(self) -> dict[str, float]:
+        seen = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "peak_mib": self.peak_mib}
+        return seen if self.gpu_mib is None else {**seen, "gpu_mib": self.gpu_mib}
 
 
 def watch(command: Sequence[str], is_there: Callable[[], bool] | None = None) -> Watched:
