@@ -35,9 +35,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
         programs = {kind: tool(kind, chosen, folder) for kind in TOOLS}
         if chosen.against:
-            against = theirs(
-                chosen.against, {"data": data, "model": chosen.pretrained_model_name_or_path}, items=chosen.images
-            )
+            places = {"data": data, "folder": folder, "model": chosen.pretrained_model_name_or_path}
+            against = theirs(chosen.against, places, items=chosen.images)
             rows = compare(programs[chosen.kind], against, chosen.rounds, clear)
         else:
             rows = [program.run() for program in programs.values()]
@@ -54,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=int, default=4, help="images or captions an encoder's call (4)")
     made.add_argument("--mixed_precision", default="no", help="no, fp16 or bf16 (no)")
     made.add_argument("--kind", choices=list(TOOLS), default="latents", help="what --against caches (latents)")
-    add_face(made, "{data} is replaced by the folder of images, {model} by the checkpoint.")
+    add_face(made, "{folder}, {data} (the images' own in it) and {model} are replaced.")
     return made
 
 
