@@ -67,7 +67,9 @@ def real_model(levers: Levers, device: torch.device, dtype: torch.dtype = torch.
         "selective": CheckpointSettings(levers.checkpointed, selective=True),
         "full": CheckpointSettings(levers.checkpointed, offload=levers.offload),
     }[levers.policy]
-    swapper = arrange(model, MemorySettings(levers.swap, settings, None, levers.quantisation, lean=levers.lean), device)
+    swapper = arrange(
+        model, MemorySettings(levers.swap, settings, quantisation=levers.quantisation, lean=levers.lean), device
+    )
     network = network_of(model, **arguments)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
 
