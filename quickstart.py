@@ -54,7 +54,7 @@ def run_train(output_dir: Path) -> int:
     step("Making the demo model and its pictures")
     call([python, ROOT / "tools" / "make_demo.py", "--output", demo])
     command = subprocess.run(
-        [str(python), "-m", "tools.demo_recipe", "--demo", str(demo), "--output_dir", str(output_dir)],
+        [str(python), "-m", "tools.demo.recipe", "--demo", str(demo), "--output_dir", str(output_dir)],
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,

@@ -8,8 +8,8 @@ import logging
 import os
 import sys
 
+from library.common.errors import UserError
 from library.options.config_file import write_config
-from library.options.errors import UserError
 from library.options.resolve import resolve_options
 
 

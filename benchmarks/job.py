@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from library.memory.arrange import arrange
+from library.common.errors import UserError
+from library.common.seeds import DrawGenerators, seed_everything
+from library.distributed.gradients import GradientReducer, LossScaler
+from library.memory.apply import arrange
 from library.memory.block_swap import BlockSwapper, swap_limit
-from library.options.errors import UserError
 from library.options.resolve import resolve_options
-from library.run_network import make_network
-from library.run_plan import learning_rates
-from library.run_settings import flow_settings, loss_settings, memory_settings, scheduler_settings
+from library.preflight.network import make_network
+from library.preflight.plan import learning_rates
+from library.preflight.settings import flow_settings, loss_settings, memory_settings, scheduler_settings
+from library.saving.state import Position
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import HEAD_SIZE, MMDiTConfig
-from library.training.gradients import GradientReducer, LossScaler
 from library.training.loop import LoopParts, LoopSettings, StepReport, TrainingLoop
 from library.training.optimizers import build_optimizer
 from library.training.precision import Precision, choose_precision
 from library.training.schedulers import build_schedule
-from library.training.seeds import DrawGenerators, seed_everything
-from library.training.state import Position
 from library.training.step import DenoisingStep, StepInput, StepResult
 
 PRESETS = {

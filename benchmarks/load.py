@@ -27,7 +27,7 @@ from benchmarks.devices import wait_for
 from benchmarks.job import add_sizes, random_model, sizes
 from benchmarks.measuring import Program, Row, add_face, compare, machine, tell, theirs
 from benchmarks.watching import own_peak_bytes, restart_high_water
-from library.files import save_safetensors
+from library.common.files import save_safetensors
 from library.sd3.checkpoint import locate_parts
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig

@@ -4,7 +4,7 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --preset sd35l --resolution 768 --train_batch_size 2 --network_dim 32 --vram 8 12 24
 
-Batches, rank and optimizer are the trainer's own options. tests/training/test_step_memory.py holds these numbers to those of
+Batches, rank and optimizer are the trainer's own options. tests/memory/estimator/test_step_memory.py holds these numbers to those of
 torch's allocator.
 """
 
@@ -21,10 +21,8 @@ import torch
 
 from benchmarks.job import PRESETS, Shape, training_options
 from benchmarks.measuring import Row, tell
-from library.run_memory import GAPS, GIB, OWN_SHARE
-from library.run_network import make_network
-from library.sd3.mmdit import MMDiT
-from library.training.memory_plan import (
+from library.memory.estimator.optimizer_memory import optimizer_cost
+from library.memory.estimator.planner import (
     Levers,
     ModelBytes,
     StepReckoner,
@@ -32,9 +30,7 @@ from library.training.memory_plan import (
     Wanted,
     choose,
 )
-from library.training.optimizer_memory import optimizer_cost
-from library.training.precision import choose_precision
-from library.training.step_memory import (
+from library.memory.estimator.step_memory import (
     POLICIES,
     StepShape,
     block_work,
@@ -42,6 +38,10 @@ from library.training.step_memory import (
     measure_pass,
     weight_bytes,
 )
+from library.preflight.memory import GAPS, GIB, OWN_SHARE
+from library.preflight.network import make_network
+from library.sd3.mmdit import MMDiT
+from library.training.precision import choose_precision
 
 EXACT = Wanted(quantisations=(None,))
 ENDLESS = 2**60  # bytes

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from benchmarks.devices import wait_for
 from benchmarks.job import CLIP_TOKENS, Shape, add_sizes, random_batch, random_model, sizes, training_options
 from benchmarks.measuring import Row, add_face, compare, ours, tell, theirs
-from library.memory.arrange import MemorySettings, arrange
-from library.memory.quantize import fp8_product_problems
-from library.run_network import make_network
+from library.memory.apply import MemorySettings, arrange
+from library.memory.quantization import fp8_product_problems
+from library.preflight.network import make_network
 from library.sd3.checkpoint import locate_parts
 from library.sd3.mmdit import MMDiT
 from library.sd3.models import load_mmdit

@@ -29,7 +29,7 @@ from benchmarks.devices import device_peak, wait_for
 from benchmarks.job import Shape, add_sizes, make_job, model_flops, sizes, training_options
 from benchmarks.measuring import Row, add_face, compare, ours, tell, theirs
 from benchmarks.watching import own_peak_bytes, restart_high_water
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.training.precision import choose_precision
 
 MIB = 2**20

@@ -19,7 +19,7 @@ import torch
 from benchmarks import step
 from benchmarks.job import Job, Shape, make_job, sizes, training_options
 from benchmarks.measuring import Row, compare, ours, tell, theirs
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 
 def main(words: Sequence[str] | None = None) -> None:

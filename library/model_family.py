@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.common.seeds import DrawGenerators
 from library.data.loader import Batch
 from library.data.settings import Size
-from library.memory.sharding import ShardedModel, ShardSettings
-from library.training.metadata import FamilyFacts
-from library.training.previews import Previewer
-from library.training.seeds import DrawGenerators
+from library.distributed.fsdp import ShardedModel, ShardSettings
+from library.monitoring.previews import Previewer
+from library.saving.metadata import FamilyFacts
 from networks.parameter_groups import LearningRates
 
 

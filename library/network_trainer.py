@@ -19,14 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from library.data.latent_cache import LATENT_CELL, LATENT_CHANNELS, LatentCache
-from library.data.loader import Batch, Loader, LoaderSettings, preserves
-from library.data.text_cache import TextCache
-from library.memory.sharding import ShardedModel
-from library.memory.visiting import send_home
-from library.model_family import ModelFamily
-from library.options.errors import UserError
-from library.run_caches import (
+from library.caching.fill import (
     encoder_roles,
     fill_latents,
     fill_texts,
@@ -34,11 +27,30 @@ from library.run_caches import (
     text_cache_settings,
     texts_of_prompts,
 )
-from library.run_events import RunEvents
-from library.run_network import make_network
-from library.run_plan import plan_run
-from library.run_resume import state_to_resume, whole_state
-from library.run_settings import (
+from library.caching.latents import LATENT_CELL, LATENT_CHANNELS, LatentCache
+from library.caching.text import TextCache
+from library.common.errors import UserError
+from library.common.progress import progress_bar
+from library.common.seeds import DrawGenerators, seed_everything
+from library.data.loader import Batch, Loader, LoaderSettings, preserves
+from library.distributed.fsdp import ShardedModel
+from library.distributed.gradients import GradientReducer, LossScaler
+from library.distributed.launch import (
+    Sharing,
+    plain_launch,
+    requested_sharing,
+    sharing_problems,
+    sharing_warnings,
+    unlike_starts,
+)
+from library.distributed.zero import build_shared_optimizer, can_be_shared
+from library.flow.timesteps import validation_timesteps
+from library.memory.offload import send_home
+from library.model_family import ModelFamily
+from library.monitoring.run_events import RunEvents
+from library.preflight.network import make_network
+from library.preflight.plan import plan_run
+from library.preflight.settings import (
     base_weight_files,
     flow_settings,
     hub_settings,
@@ -47,27 +59,15 @@ from library.run_settings import (
     scheduler_settings,
     tracking_settings,
 )
-from library.run_sharing import (
-    Sharing,
-    plain_launch,
-    requested_sharing,
-    sharing_problems,
-    sharing_warnings,
-    unlike_starts,
-)
-from library.run_show import show_plan
-from library.sd3.flow import validation_timesteps
+from library.preflight.show import show_plan
+from library.saving.hub import HubUploader
+from library.saving.resume import state_to_resume, whole_state
 from library.training.ema import WeightEma
-from library.training.gradients import GradientReducer, LossScaler
-from library.training.hub import HubUploader
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
 from library.training.optimizers import build_optimizer
 from library.training.out_of_memory import told_clearly
 from library.training.precision import choose_precision
-from library.training.progress import progress_bar
 from library.training.schedulers import build_schedule
-from library.training.seeds import DrawGenerators, seed_everything
-from library.training.shared_optimizer import build_shared_optimizer, can_be_shared
 from library.training.step import DenoisingStep, StepInput, StepResult
 from networks.base_weights import BaseWeights
 

@@ -17,19 +17,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from library.common.errors import UserError
+from library.common.seeds import DrawGenerators
 from library.data.loader import Batch
+from library.data.prompts import PreviewPrompt
 from library.data.settings import Size
-from library.memory.arrange import arrange
+from library.distributed.fsdp import ShardedModel, ShardSettings
+from library.flow.samplers import SAMPLERS
+from library.memory.apply import arrange
 from library.memory.block_swap import swap_limit
 from library.memory.compile_backend import backend_problems
-from library.memory.quantize import fp8_product_problems, quantise
-from library.memory.sharding import ShardedModel, ShardSettings
-from library.memory.visiting import visiting
+from library.memory.offload import visiting
+from library.memory.quantization import fp8_product_problems, quantise
+from library.monitoring.previews import Previewer, PreviewSettings
 from library.network_trainer import NetworkTrainer
-from library.options.errors import UserError
-from library.run_memory import apply_plan, plan_memory, room, wants_plan
-from library.run_settings import memory_settings
-from library.saved_encoders import encoders_to_save, write_encoders
+from library.preflight.memory import apply_plan, plan_memory, room, wants_plan
+from library.preflight.settings import memory_settings
+from library.saving.metadata import FamilyFacts
+from library.saving.text_encoders import encoders_to_save, write_encoders
 from library.sd3.checkpoint import ModelFiles, fingerprint, locate_parts
 from library.sd3.conditioning import (
     ContextSizes,
@@ -45,16 +50,11 @@ from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import empty_mmdit, load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
-from library.sd3.sampling import SAMPLERS
 from library.sd3.text_encoder_sizes import check_text_encoder, sizes_of
 from library.sd3.text_encoders import checkpoint_layers, empty_encoder
 from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
 from library.sd3.tokenizers import load_tokenizers, tokenizer_problems, vocabulary_problems
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
-from library.training.metadata import FamilyFacts
-from library.training.previews import Previewer, PreviewSettings
-from library.training.prompts import PreviewPrompt
-from library.training.seeds import DrawGenerators
 from networks import lora_sd3
 from networks.lora_file import check_lora_file
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block

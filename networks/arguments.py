@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 Parser = Callable[[str], Any]  # text -> value; ValueError whose message completes "KEY must be …"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.lora_file import read_lora
 from networks.lora_sd3 import layers_by_name
 from networks.merging import merge_layers

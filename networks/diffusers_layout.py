@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.diffusers_names import diffusers_paths, kohya_names
 from networks.weight_files import group_by_layer, listed
 

@@ -7,7 +7,7 @@ from typing import TypeAlias, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from library.memory.quantize import QuantisedLinear
+from library.memory.quantization import QuantisedLinear
 
 FrozenLayer: TypeAlias = nn.Linear | nn.Conv2d
 PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.lora_file import read_lora
 from networks.merging import merge_into
 from networks.network_layer import NetworkLayer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.checkpoint import read_header
 from networks.arguments import nearest_name
 from networks.diffusers_layout import ADAPTER_CONFIG, PEFT_PREFIX, fit, is_diffusers, kohya_layers, to_kohya

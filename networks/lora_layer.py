@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.frozen_layers import FrozenLayer, dense_weight
 from networks.network_layer import NetworkLayer
 

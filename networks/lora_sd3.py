@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.dora import DoRALayer
 from networks.frozen_layers import FrozenLayer, is_target
 from networks.lora import LoRANetwork, make_network

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.arguments import Parser, boolean, choice, number, probability, split_arguments, typed_values, whole_number
 from networks.network_arguments import DEFAULT_RANK, MAX_RANK
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.frozen_layers import is_target, plain_weight
 from networks.lora import LoRANetwork, make_network
 from networks.lora_file import layers_of_file

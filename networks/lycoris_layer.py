@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.frozen_layers import dense_weight, plain_weight
 from networks.merging import merged_weight, weight_change
 from networks.network_layer import NetworkLayer

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.dora import EPSILON
 from networks.frozen_layers import FrozenLayer, plain_weight
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.arguments import (
     Parser,
     boolean,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 # the original's names, and where they lead for SD3
 KNOWN = {

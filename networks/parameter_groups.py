@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 Layer = TypeVar("Layer")

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from library.files import atomic_write, save_safetensors
-from library.options.errors import UserError
+from library.common.errors import UserError
+from library.common.files import atomic_write, save_safetensors
 from library.sd3.checkpoint import read_header
 
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.options.parser import build_parser
 from library.options.resolve import resolve_options
 

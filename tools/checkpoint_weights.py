@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
+from library.common.tensor_io import TORCH_DTYPES
 from library.sd3.checkpoint import ModelFiles, TensorInfo
-from library.sd3.tensor_io import TORCH_DTYPES
 from networks.diffusers_names import diffusers_paths
 from networks.frozen_layers import FrozenLayer
 

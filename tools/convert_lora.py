@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, Python looks into tools/ alone
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.diffusers_layout import to_diffusers, unread_by_diffusers
 from networks.lora_file import read_lora
 from tools.lora_files import add_output_options, check_target, in_precision, run_tool, save_lora, tool_parser

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 import torch
 from torch import Tensor
 
-from library.options.errors import UserError
+from library.common.errors import UserError
+from library.common.progress import progress_bar
 from library.sd3.checkpoint import ModelFiles, locate_parts
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import shapes_of
-from library.training.progress import progress_bar
 from networks.weight_files import listed
 from tools.checkpoint_weights import PREFIXES, Weight, WeightReader, lora_weights, open_weights
 from tools.lora_files import (

@@ -26,22 +26,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 import torch
 from torch import Tensor, nn
 
-from library.memory.arrange import MemorySettings, arrange
+from library.common.errors import UserError
+from library.data.prompts import PreviewPrompt
+from library.flow.samplers import SAMPLERS
+from library.memory.apply import MemorySettings, arrange
 from library.memory.block_swap import swap_limit
-from library.memory.quantize import quantise
-from library.options.errors import UserError
+from library.memory.quantization import quantise
+from library.monitoring.previews import Previewer, PreviewSettings
 from library.sd3.checkpoint import ModelFiles, locate_parts
 from library.sd3.conditioning import ContextSizes, TextEncoding, TextSettings, missing_encoder_notes, to_context
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH
-from library.sd3.sampling import SAMPLERS
 from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
 from library.sd3.tokenizers import load_tokenizers
 from library.sd3.vae import denormalise
-from library.training.previews import Previewer, PreviewSettings
-from library.training.prompts import PreviewPrompt
 from networks.lora_file import LoraFile, read_lora
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, layers_by_name
 from networks.merging import merge_layers
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = make_parser(__doc__).parse_args(arguments)
 
     def work() -> int:
-        logging.getLogger("library.training.previews").setLevel("WARNING")  # it names files before they are moved
+        logging.getLogger("library.monitoring.previews").setLevel("WARNING")  # it names files before they are moved
         multipliers = chosen.lora_multipliers or [1.0] * len(chosen.lora_weights)
         if len(multipliers) != len(chosen.lora_weights):
             raise UserError(

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from library.options.errors import UserError
-from library.sd3.sampling import SAMPLERS
-from library.training.prompts import PreviewPrompt, read_prompts
+from library.common.errors import UserError
+from library.data.prompts import PreviewPrompt, read_prompts
+from library.flow.samplers import SAMPLERS
 from tools.lora_files import DTYPES, tool_parser
 
 SIDE_MULTIPLE = 16

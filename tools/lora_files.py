@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.files import save_safetensors
-from library.options.errors import UserError
-from library.training.model_hash import lora_hashes
+from library.common.errors import UserError
+from library.common.files import save_safetensors
+from library.saving.model_hash import lora_hashes
 from networks.diffusers_layout import ADAPTER_CONFIG
 
 DTYPES = {

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 
 def _by_energy(s: Tensor, share: float) -> int:

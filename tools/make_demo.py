@@ -3,7 +3,7 @@
 
     python tools/make_demo.py --output demo
 
-Nothing is trained and nothing is downloaded: the weights come with this program (tools/pretrain_demo.py made them), the
+Nothing is trained and nothing is downloaded: the weights come with this program (tools/demo/pretrain.py made them), the
 pictures are drawn. Files that are there are kept, so that edits survive; --force makes everything anew.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, Python looks into tools/ alone
 
-from library.files import atomic_write
-from tools.demo_dataset import dataset_toml, prompts_txt, reg_scenes, train_scenes, write_if_absent, write_pictures
-from tools.demo_tokenizers import CLIP_FOLDER, CLIP_G_FOLDER
+from library.common.files import atomic_write
+from tools.demo.dataset import dataset_toml, prompts_txt, reg_scenes, train_scenes, write_if_absent, write_pictures
+from tools.demo.tokenizers import CLIP_FOLDER, CLIP_G_FOLDER
 
-WEIGHTS = Path(__file__).resolve().parent / "demo_weights"
+WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from library.files import write_text  # noqa: E402
+from library.common.files import write_text  # noqa: E402
 from library.options.option import METAVARS, Group, Kind, Option  # noqa: E402
 from library.options.table import GROUPS, OPTIONS  # noqa: E402
 from tools.option_help_ja import HELP, TITLES  # noqa: E402

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 import torch
 from torch import Tensor
 
-from library.options.errors import Problems, UserError
+from library.common.errors import Problems, UserError
+from library.common.progress import progress_bar
 from library.sd3.checkpoint import locate_parts, read_header
-from library.training.progress import progress_bar
 from networks.diffusers_layout import scaled
 from networks.lora_file import LoraFile, read_lora
 from networks.merging import check_change, merged_weight

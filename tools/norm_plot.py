@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.files import atomic_write
+from library.common.files import atomic_write
 
 WIDTH, PANEL, TOP, LEFT, RIGHT, BOTTOM, HEAD = 1200, 220, 70, 70, 20, 30, 30  # pixels
 COLOURS = {"attn": "#2f6fb7", "attn2": "#6fb1e0", "mlp": "#d9822b", "adaLN": "#4a9a5b"}

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 import torch
 from torch import Tensor
 
-from library.options.errors import UserError
-from library.training.progress import progress_bar
+from library.common.errors import UserError
+from library.common.progress import progress_bar
 from networks.lora_file import LoraFile, read_lora
 from networks.weight_files import listed
 from tools.lora_files import add_output_options, check_target, in_precision, run_tool, save_lora, table, tool_parser

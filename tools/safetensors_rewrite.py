@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.files import atomic_write
+from library.common.files import atomic_write
+from library.common.tensor_io import DTYPE_NAMES
 from library.sd3.checkpoint import read_header
-from library.sd3.tensor_io import DTYPE_NAMES
 
 CHUNK = 16 << 20  # bytes
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from library.common.errors import Problems
 from library.data.settings import DatasetSettings, Size
-from library.options.errors import Problems
 
 SIDE_MULTIPLE = 16
 """Every side that is fed must be a multiple of this: an autoencoder step of 8 pixels times the transformer's patch of 2."""

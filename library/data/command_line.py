@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from library.common.errors import Problems, UserError
 from library.data.schema import GeneralTable
-from library.options.errors import Problems, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from library.common.errors import Problems, UserError
 from library.data import schema
 from library.data.buckets import bucket_limits, check_sides
 from library.data.command_line import CommandLineData, dataset_keys, dataset_tables, mask_folder
 from library.data.config_file import Place, Source, read_source
 from library.data.headers import EXTENSIONS, OPTIONAL_EXTENSIONS
 from library.data.settings import CaptionSettings, DatasetSettings, SubsetSettings
-from library.options.errors import Problems, UserError
 
 logger = logging.getLogger(__name__)
 

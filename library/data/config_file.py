@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.common.errors import UserError
 from library.data.augment import change_colors
 from library.data.buckets import cover
 from library.data.masks import mask_of
 from library.data.records import ImageRecord
 from library.data.settings import Size, SubsetSettings
-from library.options.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling

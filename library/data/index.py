@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from library.common.errors import UserError
 from library.data.buckets import BucketError, Buckets, Fit
 from library.data.captions import first_choices
 from library.data.folder_scan import scan_folder
@@ -18,7 +19,6 @@ from library.data.records import DatasetIndex, ImageRecord, IndexedDataset
 from library.data.scan import Found, Scan, ScanOptions
 from library.data.settings import DatasetSettings, Size, SubsetSettings
 from library.data.split import Identities, held_out, relative_names, validation_settings
-from library.options.errors import UserError
 
 __all__ = ["DatasetIndex", "ImageRecord", "IndexedDataset", "build_index"]
 

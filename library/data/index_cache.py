@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from library.common.files import write_text
 from library.data.settings import Size
-from library.files import write_text
 
 logger = logging.getLogger(__name__)
 

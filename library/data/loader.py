@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from library.caching.latents import LATENT_CHANNELS, LatentCache
+from library.caching.text import TextCache
+from library.common.errors import UserError
 from library.data.batches import BatchPlan, BatchSpec
 from library.data.captions import CaptionPipeline
 from library.data.images import read_pixels, to_tensor
-from library.data.latent_cache import LATENT_CHANNELS, LatentCache
 from library.data.masks import LATENT_CELL, shrink_mask
 from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import Size, SubsetSettings
-from library.data.text_cache import TextCache
-from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from library.memory.quantize import NF4_BLOCK, Fp8Linear, Int8Linear, QuantisedLinear
+from library.memory.quantization import NF4_BLOCK, Fp8Linear, Int8Linear, QuantisedLinear
 
 
 class MetaInt8Linear(Int8Linear):

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from library.files import write_text
-from library.options.errors import Problems, UserError
+from library.common.errors import Problems, UserError
+from library.common.files import write_text
 from library.options.option import Option, finite, read_value
 from library.options.parser import unknown_option
 from library.options.table import BY_NAME, GROUPS

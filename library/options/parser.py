@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from library.options.errors import Problems
+from library.common.errors import Problems
 from library.options.option import METAVARS, Option, read_switch, read_value
 from library.options.table import BY_NAME, GROUPS, OPTIONS
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from library.common.safetensors_header import TensorInfo
+from library.common.tensor_io import TORCH_DTYPES
 from library.sd3.file_kinds import kind_by_keys
-from library.sd3.header import TensorInfo
 from library.sd3.parts import Part
-from library.sd3.tensor_io import TORCH_DTYPES
 
 LATENT_CHANNELS = 16
 TITLES = {

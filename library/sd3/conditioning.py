@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.checkpoint_checks import TITLES, pooled_width, text_width
 from library.sd3.text_encoder_sizes import CLIP_TOKENS
 from library.sd3.tokenizers import MAX_T5_TOKENS, Tokenizer, Tokenizers

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.checkpoint import Part, load_tensors
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig

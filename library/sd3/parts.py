@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.sd3.header import Header, TensorInfo
+from library.common.safetensors_header import Header, TensorInfo
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of a float8 weight; the second is ComfyUI's newer name
 SCALE_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")  # for float8 products; weights need none of them

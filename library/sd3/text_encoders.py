@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.options.errors import UserError
+from library.common.errors import UserError
+from library.common.tensor_io import load_tensors
 from library.sd3.parts import Part
-from library.sd3.tensor_io import load_tensors
 from library.sd3.text_encoder_sizes import ClipSizes, T5Sizes, check_text_encoder, sizes_of, source_keys
 
 if TYPE_CHECKING:

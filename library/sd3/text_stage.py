@@ -40,7 +40,7 @@ class EncoderPlacement:
     t5_dtype: torch.dtype
     t5_quantisation: str | None = None  # one of QUANTISED
     quantise: Callable[[nn.Module, str], Any] | None = (
-        None  # replaces a block's linear layers, see library.memory.quantize
+        None  # replaces a block's linear layers, see library.memory.quantization
     )
     mmap: bool = True
     change: Mapping[str, Change] = field(default_factory=dict)  # by encoder: done to its weights when it is loaded

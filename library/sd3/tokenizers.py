@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 HUB_NAMES = {
     "clip_l": "openai/clip-vit-large-patch14",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 
 class WeightEma:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from library.common.seeds import DrawGenerators, mix_seed
+from library.distributed.gradients import GradientReducer, LossScaler, clip_gradients, step_if_finite
+from library.saving.state import Position
 from library.training.ema import WeightEma
-from library.training.gradients import GradientReducer, LossScaler, clip_gradients, step_if_finite
 from library.training.optimizers import OptimizerBundle
 from library.training.schedulers import Schedule
-from library.training.seeds import DrawGenerators, mix_seed
-from library.training.state import Position
 from library.training.step import StepResult
 
 

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from library.options.errors import Problems
+from library.common.errors import Problems
 
 
 def parse_keyword_args(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 
 @dataclass(frozen=True)

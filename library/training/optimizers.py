@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.training.optimizer_args import as_text, parse_keyword_args
 from library.training.optimizer_names import OptimizerSource, find_optimizer
 

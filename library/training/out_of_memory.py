@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 
 OUT_OF_MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator: can't allocate", "CUBLAS_STATUS_ALLOC_FAILED")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from library.options.errors import Problems, UserError
+from library.common.errors import Problems, UserError
 from library.training.optimizer_args import parse_keyword_args
 from library.training.scheduler_shapes import CURVES, SHAPES, parse_step_rules
 

@@ -19,7 +19,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.training.optimizer_args import parse_keyword_args
 from library.training.scheduler_settings import (
     TEXT_ARGUMENTS,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.sd3.flow import FlowSettings, add_noise, sample_timesteps, sigmas, velocity_target
-from library.training.loss import LossSettings, training_loss
-from library.training.seeds import DrawGenerators
+from library.common.seeds import DrawGenerators
+from library.flow.loss import LossSettings, training_loss
+from library.flow.timesteps import FlowSettings, add_noise, sample_timesteps, sigmas, velocity_target
 
 Predict = Callable[[Tensor, Tensor, Any], Tensor]
 """(noisy latents [B, C, h, w], timesteps [B] 0..1000 float32, conditioning) -> velocity [B, C, h, w]."""

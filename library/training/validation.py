@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.training.previews import undisturbed
-from library.training.seeds import DrawGenerators, mix_seed
+from library.common.seeds import DrawGenerators, mix_seed
+from library.monitoring.previews import undisturbed
 from library.training.step import StepResult
 
 

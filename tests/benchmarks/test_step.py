@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import load, peft_step, quantisation, step, swap
 from benchmarks.job import PRESETS, Shape, add_sizes, make_job, model_flops, random_model, sizes, training_options
-from library.options.errors import UserError
+from library.common.errors import UserError
+from library.memory.estimator.step_memory import StepShape, block_work
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
-from library.training.step_memory import StepShape, block_work
 from tests.sd3.real_sizes import MMDITS
 
 CPU = torch.device("cpu")

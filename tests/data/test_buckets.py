@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from library.common.errors import UserError
 from library.data.buckets import (
     BucketError,
     Buckets,
@@ -19,7 +20,6 @@ from library.data.buckets import (
     shrink,
 )
 from library.data.settings import DatasetSettings
-from library.options.errors import UserError
 
 SIDES = st.integers(16, 5000)
 SIZES = st.tuples(SIDES, SIDES)

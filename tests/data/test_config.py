@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from library.common.errors import UserError
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.data.settings import CaptionSettings, DatasetSettings
-from library.options.errors import UserError
 
 NOTHING = CommandLineData()
 

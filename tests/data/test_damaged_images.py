@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image, features
 
+from library.caching.latents import LatentCache, LatentCacheSettings
+from library.common.errors import UserError
 from library.data.batches import BatchPlan
 from library.data.images import open_image, read_pixels
-from library.data.latent_cache import LatentCache, LatentCacheSettings
 from library.data.loader import Loader, LoaderSettings
-from library.options.errors import UserError
-from tests.data.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
+from tests.caching.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
 from tests.data.test_images import PLAIN, ramp, record
 
 SETTINGS = LoaderSettings(seed=3, steps_per_epoch=4, accumulation=1, max_train_steps=40)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.common.errors import UserError
 from library.data import headers
 from library.data.index import build_index, cycled
 from library.data.records import DatasetIndex
 from library.data.settings import DatasetSettings
 from library.data.table import batch_count, table
-from library.options.errors import UserError
 from tests.data.folders import dataset, folder, image, subset
 
 

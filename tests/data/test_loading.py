@@ -16,7 +16,7 @@ from library.data.batches import BatchPlan
 from library.data.loader import Batch, BatchReader, Loader, LoaderSettings
 from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import DatasetSettings, SubsetSettings
-from tests.data.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
+from tests.caching.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
 
 SETTINGS = LoaderSettings(seed=3, steps_per_epoch=4, accumulation=1, max_train_steps=40)
 TWO_BUCKETS = {"resolution": "96", "min_bucket_reso": 32}  # for folder_of_images

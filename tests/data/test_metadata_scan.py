@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from library.common.errors import UserError
 from library.data.index import build_index
 from library.data.settings import CaptionSettings, SubsetSettings
-from library.options.errors import UserError
 from tests.data.folders import dataset, folder, image
 
 

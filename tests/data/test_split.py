@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.common.errors import UserError
 from library.data.captions import CaptionPipeline, is_random
 from library.data.index import build_index
 from library.data.records import DatasetIndex
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.split import held_out
-from library.options.errors import UserError
 from tests.data.folders import dataset, folder, image, subset
 
 NAMES = st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=60)

@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # Not told to users as something that went wrong: texts of options, plans and reports, and what makes the demo and the docs.
 LEFT_OUT = (
     "library/options/groups/",
-    "library/training/memory_plan.py",
-    "library/training/memory_table.py",
-    "library/training/report.py",
-    "library/training/report_charts.py",
-    "tools/demo_dataset.py",
+    "library/memory/estimator/planner.py",
+    "library/memory/estimator/table.py",
+    "library/monitoring/report/page.py",
+    "library/monitoring/report/charts.py",
+    "tools/demo/dataset.py",
     "tools/make_option_docs.py",
     "tools/option_help_ja.py",
-    "tools/pretrain_demo.py",
+    "tools/demo/pretrain.py",
 )
 SHOWN = {"text", "summary", "__str__"}  # functions that make what --dry_run and the log show
 TOLD = {"UserError", "BadImageError", "BucketError", "_Malformed", "PydanticCustomError", "_not_steps"}

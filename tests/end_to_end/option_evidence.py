@@ -236,5 +236,5 @@ ELSEWHERE = {
     "resume_from_huggingface": HUB,
     "log_with": f"{HERE}::test_a_tracker_is_the_one_that_is_asked_for",
     **dict.fromkeys(("deepspeed", "zero_stage", "offload_param_device"), SHARING),
-    "wandb_api_key": "tests/training/test_tracking.py::test_wandb_gets_values_offline_and_never_the_key",
+    "wandb_api_key": "tests/monitoring/test_trackers.py::test_wandb_gets_values_offline_and_never_the_key",
 }

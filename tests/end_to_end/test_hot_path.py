@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.job import Job, Shape, make_job, sizes, training_options
 from benchmarks.step import parser as step_parser
-from library.run_metrics import RunMetrics
-from library.training.late_values import LateValues
+from library.monitoring.async_scalars import LateValues
+from library.monitoring.metrics import RunMetrics
 from library.training.loop import TrainingLoop
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, train

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.options.resolve import resolve_options
 from library.sd3_trainer import Sd3NetworkTrainer
 from sd3_train_network import main

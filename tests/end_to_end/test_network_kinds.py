@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, train
 

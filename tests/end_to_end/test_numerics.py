@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoTokenizer
 
-from library.data.latent_cache import posterior_noise
+from library.caching.latents import posterior_noise
+from library.common.seeds import mix_seed
 from library.sd3.mmdit import MMDiT
 from library.sd3.vae import Vae
-from library.training.seeds import mix_seed
 from networks.lora_sd3 import create_network
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, Run, dataset_file, image_folder, train

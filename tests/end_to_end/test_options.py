@@ -20,8 +20,8 @@ from safetensors import safe_open
 from library.options.option import Kind, Option
 from library.options.resolve import resolve_options
 from library.options.table import BY_NAME, OPTIONS
-from library.run_plan import plan_run
-from library.run_settings import (
+from library.preflight.plan import plan_run
+from library.preflight.settings import (
     base_weight_files,
     checkpoint_settings,
     flow_settings,
@@ -80,9 +80,9 @@ def test_the_tests_that_evidence_names_are_there_and_speak_of_their_options(plac
 def test_every_option_is_read_by_the_program():
     """Its dest is an attribute that some file below the options takes, or a name in one of its tables of names."""
     found: set[str] = set()
-    files = [path for path in (ROOT / "library").rglob("*.py") if path.name != "run_options.py"]
+    files = [path for path in (ROOT / "library").rglob("*.py") if path.name != "determining_options.py"]
     for path in [*files, ROOT / "sd3_train_network.py"]:
-        if path.parent.name == "groups" or path.name in ("checks.py", "limits.py", "run_report.py"):
+        if path.parent.name == "groups" or path.name in ("checks.py", "limits.py", "run.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
@@ -331,7 +331,7 @@ def test_blocks_to_swap_changes_where_blocks_are_and_no_loss(workshop: Workshop,
 
 
 def test_options_go_to_the_trackers_only_when_asked(workshop: Workshop, tmp_path: Path, monkeypatch):
-    from library import run_metrics
+    from library.monitoring import metrics as run_metrics
 
     told: list[Any] = []
 

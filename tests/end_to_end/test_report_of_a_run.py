@@ -12,7 +12,7 @@ from PIL import Image
 from library.options.resolve import resolve_options
 from sd3_train_network import main
 from tests.end_to_end.conftest import Workshop
-from tests.training.test_report import Page
+from tests.monitoring.test_report import Page
 
 SECRET = "hunter2-secret-key"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.training.state import newest_state
+from library.saving.state import newest_state
 from sd3_train_network import main
 from tests.end_to_end.conftest import ROOT, Workshop
 

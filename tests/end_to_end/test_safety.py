@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
+from library.common.errors import UserError
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
-from library.options.errors import UserError
-from library.run_metrics import RunMetrics
-from library.training.state import newest_state
+from library.monitoring.metrics import RunMetrics
+from library.saving.state import newest_state
 from library.training.step import DenoisingStep
 from sd3_train_network import main
 from tests.end_to_end.conftest import Workshop
@@ -198,7 +198,7 @@ def test_killed_again_and_again_while_it_saves_the_run_still_ends_the_same(works
 def test_save_every_n_minutes_counts_minutes(workshop: Workshop, tmp_path: Path, monkeypatch):
     clock = iter(range(0, 10**6, 25))  # every look at the clock is 25 seconds later
     monkeypatch.setattr(
-        "library.run_events.time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time)
+        "library.monitoring.run_events.time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time)
     )
     assert main(workshop.arguments(tmp_path, UNET, "--save_every_n_minutes", "1", max_train_steps=6)) == 0
     assert 1 <= len(list(tmp_path.glob("lora-step*.safetensors"))) <= 4

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from library.training.state import newest_state
+from library.saving.state import newest_state
 from tests.end_to_end.conftest import ROOT, Workshop
 from tests.end_to_end.test_resume import wait_for
 

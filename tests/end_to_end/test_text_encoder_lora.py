@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, dataset_file, image_folder, train
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.diffusers_layout import to_diffusers
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, train

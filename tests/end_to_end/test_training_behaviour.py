@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.options.errors import UserError
-from library.training.seeds import DrawGenerators, seed_everything
+from library.common.errors import UserError
+from library.common.seeds import DrawGenerators, seed_everything
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, dataset_file, image_folder, train
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.job import PRESETS, Job, Shape, make_job, random_batch, training_options
-from library.memory import arrange
+from library.memory import apply as arrange
 from library.training.precision import Precision
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.mmdit import MMDiT
 from networks.diffusers_layout import diffusers_problems, is_diffusers, to_diffusers, to_kohya, unread_by_diffusers
 from networks.lora_file import read_lora

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.memory.quantize import quantise
+from library.memory.quantization import quantise
 from networks.dora import DoRALayer
 from networks.lora_layer import LayerSettings, LoRALayer
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.base_weights import BaseWeights
 from networks.diffusers_layout import to_diffusers
 from networks.lora_file import check_lora_file, names_in_file, read_lora

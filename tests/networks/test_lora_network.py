@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.lora import LoRANetwork
 from networks.lora_sd3 import create_network
 from networks.weight_files import read_network_file

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.base_weights import BaseWeights
 from networks.lora_sd3 import create_network, create_network_from_weights
 from networks.parameter_groups import LearningRates

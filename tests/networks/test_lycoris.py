@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.options.errors import UserError
-from library.training.previews import undisturbed
+from library.common.errors import UserError
+from library.monitoring.previews import undisturbed
 from networks.lora import LoRANetwork
 from networks.lora_sd3 import layers_by_name
 from networks.merging import merge_layers
@@ -408,7 +408,7 @@ def test_without_lycoris_the_message_says_what_to_install():
     code = (
         "import sys; sys.modules['lycoris'] = None; sys.modules['lycoris.kohya'] = None\n"
         "from networks.network_modules import network_module\n"
-        "from library.options.errors import UserError\n"
+        "from library.common.errors import UserError\n"
         "module = network_module('lycoris.kohya')\n"
         "try:\n    module.create_network(1.0, 4, 1, None, [], None)\n"
         "except UserError as error:\n    print(error)\n"

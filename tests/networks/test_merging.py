@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.merging import merge_into, merge_layers, merged_weight
 from tests.networks import readers
 

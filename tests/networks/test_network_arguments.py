@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks import lycoris_arguments
 from networks.arguments import FALSE_WORDS, TRUE_WORDS, arguments_of, boolean, split_arguments
 from networks.network_arguments import (

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks import lora_sd3, lycoris_kohya
 from networks.network_modules import FUNCTIONS, network_module
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from library.distributed.fsdp import ShardedModel, ShardSettings
 from library.memory.checkpointing import CheckpointSettings, checkpointed
-from library.memory.sharding import ShardedModel, ShardSettings
 from library.sd3.mmdit import call_block
 from networks.lora_sd3 import first_block
 from tests.networks.models import tiny_mmdit

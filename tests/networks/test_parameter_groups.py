@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups
 
 

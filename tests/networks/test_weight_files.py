@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from networks.weight_files import group_by_layer, in_dtype, read_network_file, write_network_file
 
 TENSORS = {"lora_unet_a.lora_up.weight": torch.randn(3, 2), "lora_unet_a.alpha": torch.tensor(2.0)}

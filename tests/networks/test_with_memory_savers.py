@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.block_swap import BlockSwapper
-from library.memory.quantize import in_joint_blocks, quantise
+from library.memory.quantization import in_joint_blocks, quantise
 from library.sd3.mmdit import MMDiT, call_block
 from networks.dora import DoRALayer
 from networks.frozen_layers import dense_weight, left_product
@@ -107,7 +107,7 @@ def test_dora_on_a_quantised_layer_compiles_whole(kind: str):
 
 
 def test_algorithms_that_need_the_weight_say_so_on_a_quantised_base():
-    from library.options.errors import UserError
+    from library.common.errors import UserError
 
     model: MMDiT = tiny_mmdit()
     quantise(model, "int8", in_joint_blocks)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from library.common.errors import UserError
 from library.options.config_file import config_path, config_text, read_config, write_config
-from library.options.errors import UserError
 from library.options.option import Option, finite, int_or_auto, int_or_float
 from library.options.parser import parse_arguments
 from library.options.resolve import resolve_options

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.options.option import Kind, Option, finite, int_or_auto, int_or_float, path
 from library.options.parser import build_parser, parse_arguments
 from library.options.table import BY_NAME, GROUPS, OPTIONS, option_class

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.checkpoint import fingerprint, load_tensors, locate_parts
 from library.sd3.text_encoder_sizes import ClipSizes
 from tests.sd3 import tiny
@@ -339,9 +339,9 @@ def test_a_fingerprint_knows_the_weights_and_not_the_file(whole, parts, tmp_path
 
 PEAK = """
 import resource, sys, torch
-from library.sd3.header import read_header
+from library.common.safetensors_header import read_header
 from library.sd3.parts import make_part
-from library.sd3.tensor_io import load_tensors
+from library.common.tensor_io import load_tensors
 from pathlib import Path
 path, mmap = Path(sys.argv[1]), sys.argv[2] == "mmap"
 torch.ones(8).to(torch.bfloat16)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.checkpoint import locate_parts, read_header
 from library.sd3.models import mmdit_problems, vae_problems
 from tests.sd3.tiny import PREFIXES, tiny_checkpoint

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.checkpoint import locate_parts
 from library.sd3.conditioning import (
     ContextSizes,

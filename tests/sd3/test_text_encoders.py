@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
+from library.common.safetensors_header import read_header
 from library.sd3.checkpoint import locate_parts
-from library.sd3.header import read_header
 from library.sd3.parts import make_part
 from library.sd3.text_encoder_sizes import ClipSizes, T5Sizes, check_text_encoder
 from library.sd3.text_encoders import checkpoint_layers, load_clip, load_t5

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.sd3.tokenizers import HUB_NAMES, Tokenizers, folder_name, load_tokenizers, vocabulary_problems
 from tests.sd3 import tiny
 

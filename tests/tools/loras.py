@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.files import save_safetensors
+from library.common.files import save_safetensors
 from library.sd3.mmdit import MMDiT
 from networks.lora_sd3 import create_network
 from networks.weight_files import group_by_layer

@@ -12,20 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
+from library.data.prompts import read_prompts
 from library.sd3.checkpoint import ModelFiles, locate_parts
 from library.sd3.conditioning import ContextSizes
 from library.sd3.models import load_mmdit, load_vae
 from library.sd3.text_encoder_sizes import sizes_of
 from library.sd3.text_encoders import load_clip, load_t5
 from library.sd3.tokenizers import Tokenizers, load_tokenizers, vocabulary_problems
-from library.training.prompts import read_prompts
-from tools.demo_captions import FORMS, PLACE_PHRASES, TRIGGER, say
-from tools.demo_dataset import PREVIEW_SCENES, reg_scenes, train_scenes
-from tools.demo_figures import FIGURES, KNOWN_FIGURES
-from tools.demo_judge import judge
-from tools.demo_sampling import sample
-from tools.demo_scenes import COLOURS, PLACES, Pose, Scene, draw
-from tools.demo_text_training import TextEncoders
+from tools.demo.captions import FORMS, PLACE_PHRASES, TRIGGER, say
+from tools.demo.dataset import PREVIEW_SCENES, reg_scenes, train_scenes
+from tools.demo.figures import FIGURES, KNOWN_FIGURES
+from tools.demo.judge import judge
+from tools.demo.sampling import sample
+from tools.demo.scenes import COLOURS, PLACES, Pose, Scene, draw
+from tools.demo.text_training import TextEncoders
 from tools.make_demo import WEIGHTS, main, make_demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("library.files.flush_to_disk", lambda path: None)
+        patch.setattr("library.common.files.flush_to_disk", lambda path: None)
         yield
 
 

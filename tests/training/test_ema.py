@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.training.ema import WeightEma
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.training import optimizer_names
 from library.training.optimizer_args import parse_keyword_args
 from library.training.optimizer_names import CATALOGUE, choose_name, find_optimizer

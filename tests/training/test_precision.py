@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
+from library.common.seeds import DrawGenerators, mix_seed
 from library.training.precision import choose_precision
-from library.training.seeds import DrawGenerators, mix_seed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SEED_OF_1_2 = 1446411180646796515  # a saved state must mean the same draws in every version

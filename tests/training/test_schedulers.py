@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from library.options.errors import UserError
+from library.common.errors import UserError
 from library.training.optimizers import build_optimizer
 from library.training.schedulers import SCHEDULE_NAMES, SchedulerSettings, build_schedule, check_schedule, resolve_steps
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.training.seeds import DrawGenerators
+from library.common.seeds import DrawGenerators
 from library.training.step import StepResult
 from library.training.validation import validate
 

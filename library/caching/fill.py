@@ -1,0 +1,108 @@
+"""What a run encodes ahead of training: each caption and each image once, by all processes together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from library.caching.latents import EncodeImages, LatentCache, LatentCacheSettings, Wrap
+from library.caching.text import EncodeCaptions, TextCache, TextCacheSettings
+from library.common.errors import UserError
+from library.data.prompts import PreviewPrompt
+from library.preflight.settings import path_or_none
+
+TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
+
+
+class Processes(Protocol):
+    """Of accelerate's Accelerator what filling a cache needs."""
+
+    @property
+    def process_index(self) -> int: ...
+
+    @property
+    def num_processes(self) -> int: ...
+
+    def wait_for_everyone(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EncoderRoles:
+    """When each text encoder that there is speaks."""
+
+    trained: list[str]
+    live: list[str]  # in every step: the trained ones, and the others where outputs are not cached
+    ahead: list[str]  # before training, for the cache
+
+    @property
+    def untrained(self) -> list[str]:
+        """Those whose words on a prompt stay the same for the whole run."""
+        return self.ahead + [name for name in self.live if name not in self.trained]
+
+
+def encoder_roles(present: Sequence[str], trains: Mapping[str, bool], cached: bool) -> EncoderRoles:
+    """present: the encoders that there are, in order. cached: whether the outputs of untrained ones are made ahead."""
+    trained = [name for name in present if trains[name]]
+    live = trained if cached else list(present)
+    return EncoderRoles(trained, live, [name for name in present if name not in live])
+
+
+def text_cache_settings(args: argparse.Namespace, fingerprint: str, seed: int, bytes_each: int) -> TextCacheSettings:
+    return TextCacheSettings(
+        fingerprint=fingerprint,
+        variants=args.text_cache_variants,
+        seed=seed,
+        on_disk=args.cache_text_encoder_outputs_to_disk,
+        cache_dir=path_or_none(args.cache_dir),
+        trust=args.skip_cache_check,
+        bytes_each=bytes_each,
+    )
+
+
+def latent_cache_settings(args: argparse.Namespace, fingerprint: str) -> LatentCacheSettings:
+    return LatentCacheSettings(
+        fingerprint=fingerprint,
+        on_disk=args.cache_latents_to_disk,
+        cache_dir=path_or_none(args.cache_dir),
+        trust=args.skip_cache_check,
+        skip_bad_images=args.skip_bad_images,
+    )
+
+
+def texts_of_prompts(prompts: Sequence[PreviewPrompt]) -> list[str]:
+    """Each text of the preview prompts once, the negative ones too."""
+    return list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
+
+
+def fill_texts(cache: TextCache, encode: EncodeCaptions, processes: Processes) -> TextCache:
+    """Make what is missing. `encode` is called only where this process has something to encode."""
+    for share in _shares(cache, processes):
+        if share or cache.missing_further():
+            cache.fill(share, encode, TEXTS_AT_ONCE)
+    return cache
+
+
+def fill_latents(
+    cache: LatentCache, encode: EncodeImages, batch_size: int, progress: Wrap, processes: Processes
+) -> LatentCache:
+    """Make what is missing. `encode` is called only where this process has something to encode."""
+    for share in _shares(cache, processes):
+        if share:
+            cache.fill(share, encode, batch_size, progress)
+    return cache
+
+
+def _shares(cache: TextCache | LatentCache, processes: Processes) -> Iterator[list[Any]]:
+    """What this process has to make of a cache: its share, then what is still missing (the machines may share no disk)."""
+    missing: list[Any] = cache.missing()
+    problems = cache.check(missing)
+    if problems:
+        raise UserError(problems)
+    processes.wait_for_everyone()  # nobody writes before all have looked: the shares are of one list
+    yield cache.share(missing, processes.process_index, processes.num_processes)
+    processes.wait_for_everyone()
+    if processes.num_processes > 1:
+        yield cache.missing()
+        processes.wait_for_everyone()

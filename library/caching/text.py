@@ -1,0 +1,214 @@
+"""Text encoder outputs made once for each distinct caption: in memory, or in a file beside each image.
+
+An image has one text, or N random variants of it (`--text_cache_variants`), of which each fetch takes one. Further texts (the
+empty caption for dropout, preview prompts) are kept by themselves, so that a run with complete files loads no encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from library.caching.files import (
+    FORMAT,
+    cache_folder,
+    cache_path,
+    check_writable,
+    missing_files,
+    read_cache,
+    read_made_from,
+    room_problems,
+    write_cache,
+)
+from library.common.errors import UserError
+from library.data.captions import CaptionPipeline, is_random, lost_in_variants
+from library.data.records import IndexedDataset
+
+EncodeCaptions = Callable[[Sequence[str]], list[dict[str, Tensor]]]
+"""Captions -> one dict of tensors each, on the CPU."""
+WRITERS = 4  # threads
+SEPARATOR = "|"  # between a tensor's name and the number of its variant
+
+
+@dataclass(frozen=True)
+class TextCacheSettings:
+    fingerprint: str  # of the encoders, token length and masks
+    variants: int | None = None  # None: one text an image, without chance
+    seed: int = 0
+    on_disk: bool = False
+    cache_dir: Path | None = None
+    trust: bool = False
+    bytes_each: int = 0  # of the outputs for one text, so that room on the disk can be checked
+
+
+class TextCache:
+    """Outputs for all texts of some datasets. `get` after `fill`."""
+
+    def __init__(self, datasets: Sequence[IndexedDataset], settings: TextCacheSettings, further: Sequence[str] = ()):
+        """further: texts that are wanted beside those of the images."""
+        self.settings = settings
+        self.paths = {
+            (d, n): record.path for d, dataset in enumerate(datasets) for n, record in enumerate(dataset.records)
+        }
+        self.texts = {key: self._texts_of(datasets[key[0]], key[1]) for key in self.paths}
+        self.stored: dict[
+            str, list[str]
+        ] = {}  # image -> the distinct texts in its file, those of all datasets that have it
+        for key, path in self.paths.items():
+            texts = self.stored.setdefault(path, [])
+            texts += [text for text in dict.fromkeys(self.texts[key]) if text not in texts]
+        subsets = [subset.captions for dataset in datasets for subset in dataset.settings.subsets]
+        drops = any(s.caption_dropout_rate > 0 or s.caption_dropout_every_n_epochs > 0 for s in subsets)
+        self.further = list(dict.fromkeys([*([""] if drops else []), *further]))
+        self.memory: dict[str, dict[str, Tensor]] = {}
+
+    def of_text(self, text: str) -> dict[str, Tensor]:
+        """The outputs of one of the further texts."""
+        return self.memory[text]
+
+    def get(self, dataset: int, number: int, variant: int, dropped: bool) -> tuple[str, dict[str, Tensor]]:
+        """The text that is fed and its outputs; `variant` in 0..variants-1 (0 without variants)."""
+        texts = self.texts[dataset, number]
+        text = "" if dropped else texts[variant % len(texts)]
+        if text in self.memory:  # all texts of a cache in memory; the empty caption always
+            return text, self.memory[text]
+        path = self.paths[dataset, number]
+        place = self.stored[path].index(text)
+        found = read_cache(self._path(path), lambda name: name.partition(SEPARATOR)[2] == (str(place) if place else ""))
+        return text, {name.partition(SEPARATOR)[0]: tensor for name, tensor in found.items()}
+
+    def missing(self) -> list[str]:
+        """The images whose outputs are not there, or are stale. Nothing is missing: no reason to load an encoder."""
+        if not self.settings.on_disk:
+            return [path for path, texts in self.stored.items() if any(text not in self.memory for text in texts)]
+        return missing_files(list(self.stored), self._path, None if self.settings.trust else self._is_fresh)
+
+    def share(self, missing: Sequence[str], rank: int, processes: int) -> list[str]:
+        """What one process makes of files that all have found missing; all of a cache in memory, which is its own.
+
+        Images with one caption are one process's, so that it is encoded once.
+        """
+        if not self.settings.on_disk:
+            return list(missing)
+        owners: dict[str, int] = {}
+        for path in missing:
+            owners.setdefault(self.stored[path][0], len(owners) % processes)
+        return [path for path in missing if owners[self.stored[path][0]] == rank]
+
+    def missing_further(self) -> list[str]:
+        """The further texts that are not there, or are stale. Those that are in files are read into memory."""
+        for text in self.further:
+            path = self._further_path(text)
+            if text not in self.memory and path is not None and read_made_from(path) == self._further_made_from(text):
+                self.memory[text] = read_cache(path)
+        return [text for text in self.further if text not in self.memory]
+
+    def check(self, missing: Sequence[str]) -> list[str]:
+        """Problems that would stop `fill`: folders that cannot be written, disks with too little room."""
+        needed = self.bytes_needed(missing)
+        return check_writable(set(needed)) or room_problems(needed)
+
+    def bytes_needed(self, missing: Sequence[str]) -> dict[Path, int]:
+        """What the files to be made take in each folder."""
+        needed: dict[str, int] = {}
+        for path in missing if self.settings.on_disk else ():
+            folder = cache_folder(path, self.settings.cache_dir)
+            needed[folder] = needed.get(folder, 0) + self.settings.bytes_each * len(self.stored[path])
+        return {Path(folder): size for folder, size in needed.items()}
+
+    def fill(self, missing: Sequence[str], encode: EncodeCaptions, chunk: int = 1024) -> None:
+        """Encode each distinct text of the missing images once, `chunk` texts a call, and the further texts that are missing."""
+        further = self.missing_further()
+        for text, found in zip(further, encode(further) if further else []):
+            self.memory[text] = found
+            path = self._further_path(text)
+            if path is not None:
+                write_cache(path, found, self._further_made_from(text))
+        if not self.settings.on_disk:
+            todo = list(dict.fromkeys(text for image in missing for text in self.stored[image]))
+            todo = [text for text in todo if text not in self.memory]
+            for start in range(0, len(todo), chunk):
+                part = todo[start : start + chunk]
+                self.memory.update(zip(part, encode(part)))
+            return
+        for group in self._grouped(missing, chunk):
+            distinct = list(dict.fromkeys(text for image in group for text in self.stored[image]))
+            outputs = dict(zip(distinct, encode(distinct)))
+            with ThreadPoolExecutor(WRITERS) as pool:  # waiting for the disk takes longer than writing
+                list(pool.map(self._write, group, [outputs] * len(group)))
+
+    def _grouped(self, missing: Sequence[str], chunk: int) -> list[list[str]]:
+        """Images in groups of about `chunk` texts; images that share their texts are in one group."""
+        groups: list[list[str]] = []
+        seen: set[str] = set()
+        for image in sorted(missing, key=lambda path: self.stored[path]):
+            new = set(self.stored[image]) - seen
+            if not groups or len(seen) + len(new) > chunk:
+                groups.append([])
+                seen = set()
+            groups[-1].append(image)
+            seen |= set(self.stored[image])
+        return groups
+
+    def _write(self, image: str, found: dict[str, dict[str, Tensor]]) -> None:
+        tensors = {}
+        for place, text in enumerate(self.stored[image]):
+            mark = f"{SEPARATOR}{place}" if place else ""
+            tensors.update({f"{name}{mark}": tensor for name, tensor in found[text].items()})
+        write_cache(self._path(image), tensors, self._made_from(image))
+
+    def _texts_of(self, dataset: IndexedDataset, number: int) -> list[str]:
+        record = dataset.records[number]
+        subset = dataset.subset_of(record)
+        if self.settings.variants is None:
+            return [CaptionPipeline(subset.captions, 1).deterministic(record.caption)]
+        pipeline = CaptionPipeline(subset.captions, 1)
+        return pipeline.variants(record.caption, self.settings.variants, self.settings.seed)
+
+    def _path(self, image: str) -> Path:
+        return cache_path(image, "text", self.settings.cache_dir)
+
+    def _further_path(self, text: str) -> Path | None:
+        """Where a text that belongs to no image is kept: in cache_dir, or beside the first image."""
+        first = next(iter(self.paths.values()), None)
+        if not self.settings.on_disk or first is None:
+            return None
+        return (self.settings.cache_dir or Path(first).parent) / f"further-{_digest(text)}.text.safetensors"
+
+    def _made_from(self, image: str) -> dict[str, object]:
+        return {"captions": [_digest(text) for text in self.stored[image]], "encoders": self.settings.fingerprint}
+
+    def _further_made_from(self, text: str) -> dict[str, object]:
+        return {"format": FORMAT, "captions": [_digest(text)], "encoders": self.settings.fingerprint}
+
+    def _is_fresh(self, image: str) -> bool:
+        return read_made_from(self._path(image)) == {"format": FORMAT, **self._made_from(image)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def refuse_lost_chance(datasets: Sequence[IndexedDataset], variants: int | None) -> None:
+    """UserError where caching would lose what a subset wants to be random. Dropout of whole captions works with caches."""
+    always_kept = ("caption_dropout_rate", "caption_dropout_every_n_epochs")
+    problems = []
+    for subset in {subset.name: subset for dataset in datasets for subset in dataset.settings.subsets}.values():
+        names = lost_in_variants(subset.captions) if variants else is_random(subset.captions)
+        lost = [name for name in names if name not in always_kept]
+        if lost:
+            remedy = (
+                "turn it off"
+                if variants
+                else "turn it off, or give --text_cache_variants N to cache N random texts an image"
+            )
+            problems.append(
+                f"{subset.name}: {', '.join(lost)} would be lost by --cache_text_encoder_outputs; {remedy}."
+            )
+    if problems:
+        raise UserError(problems)

@@ -1,0 +1,84 @@
+"""`--debug_dataset`: what training will see, as pictures: for each bucket its images as cropped, with their captions."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.common.files import atomic_write, write_text
+from library.data.examples import BucketExamples
+from library.data.loader import Batch
+from library.monitoring.contact_sheet import fitted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CELL, GAP, LINE, LINES = 256, 8, 12, 5  # pixels; lines of text under a picture
+COLUMNS, PICTURES = 4, 16  # of a sheet
+
+
+def write_dataset_sheets(examples: Iterable[BucketExamples], folder: Path, name: str) -> list[Path]:
+    """Draw up to 16 samples of each bucket on a sheet `<name>-<dataset>-<W>x<H>.png` in `folder`. Returns what was written.
+
+    A masked sample is darkened where the loss does not count. The text below a picture: its file and caption. The captions
+    stand in `<name>-captions.txt` too, whole and in every script.
+    """
+    paths, captions = [], []
+    for found in examples:
+        title = f"{found.dataset + 1}-{found.bucket[0]}x{found.bucket[1]}"
+        samples = list(islice(_samples(found.batches), PICTURES))
+        path = folder / f"{name}-{title}.png"
+        _write_sheet(
+            path, [(picture, f"{file.name}\n{caption or '(empty caption)'}") for picture, file, caption in samples]
+        )
+        paths.append(path)
+        captions += [f"{title}\t{file}\t{caption}\n" for _, file, caption in samples]
+    if captions:
+        write_text(folder / f"{name}-captions.txt", "".join(captions))
+        paths.append(folder / f"{name}-captions.txt")
+    return paths
+
+
+def _samples(batches: Iterable[Batch]) -> Iterator[tuple[Image, Path, str]]:
+    """Picture, file and caption of each sample."""
+    from PIL import Image as images
+
+    for batch in batches:
+        assert batch.images is not None
+        masks = [None] * len(batch.images) if batch.mask is None else batch.mask
+        for pixels, mask, caption, path in zip(batch.images, masks, batch.captions, batch.paths):
+            yield images.fromarray(_bytes(pixels, mask).numpy()), Path(path), caption
+
+
+def _bytes(pixels: Tensor, mask: Tensor | None) -> Tensor:
+    """[3, H, W] in -1..1, mask [1, h, w] or None -> [H, W, 3] uint8."""
+    light = (pixels + 1) * 127.5
+    if mask is not None:
+        light = light * (0.2 + 0.8 * torch.nn.functional.interpolate(mask[None], light.shape[-2:])[0])
+    return light.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _write_sheet(path: Path, cells: list[tuple[Image, str]]) -> None:
+    from PIL import Image as images
+    from PIL import ImageDraw
+
+    height = CELL + LINES * LINE + GAP
+    rows = -(-len(cells) // COLUMNS)
+    sheet = images.new("RGB", (COLUMNS * (CELL + GAP) + GAP, rows * height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, text) in enumerate(cells):
+        left, top = GAP + number % COLUMNS * (CELL + GAP), GAP + number // COLUMNS * height
+        sheet.paste(fitted(picture, CELL), (left, top))
+        plain = text.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+        lines = [line for part in plain.splitlines() for line in textwrap.wrap(part, CELL // 6)]
+        for place, line in enumerate(lines[:LINES]):
+            draw.text((left, top + CELL + place * LINE), line, fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")

@@ -1,0 +1,217 @@
+"""TensorBoard and Weights & Biases, through accelerate's trackers, with scalars under sd-scripts' names."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.common.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+HIDDEN = "***"
+NAMES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "all": ("tensorboard", "wandb")}
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """names: the trackers. folder: of this run's logs. secrets: words that no tracker may see."""
+
+    names: tuple[str, ...] = ()
+    folder: Path | None = None
+    project: str = "network_train"
+    run_name: str | None = None
+    arguments_file: Path | None = None
+    api_key: str | None = field(default=None, repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+
+def chosen_trackers(log_with: str | None, logging_dir: str | None) -> tuple[str, ...]:
+    """What --log_with means. TensorBoard without a folder is left out here: the options' checks have told it."""
+    return tuple(name for name in NAMES.get(log_with or "", ()) if name != "tensorboard" or logging_dir)
+
+
+def log_folder(logging_dir: str | None, prefix: str | None) -> Path | None:
+    """<logging_dir>/<prefix><time>, one for each run."""
+    return Path(logging_dir) / f"{prefix or ''}{time.strftime('%Y%m%d%H%M%S')}" if logging_dir else None
+
+
+def tracking_problems(settings: TrackingSettings) -> list[str]:
+    """What would keep the trackers from starting: packages that are missing, a bad --log_tracker_config."""
+    problems = [
+        f"--log_with {name}: the package is not installed. Install it with: pip install {name}"
+        for name in settings.names
+        if not any(importlib.util.find_spec(package) for package in PACKAGES[name])
+    ]
+    try:
+        arguments = tracker_arguments(settings)
+    except UserError as error:
+        return problems + error.problems
+    if settings.arguments_file is not None and not problems:
+        for name, table in arguments.items():
+            place = f"--log_tracker_config {settings.arguments_file}, [{name}]"
+            problems += [f"{place}: {told}" for told in _wrong_arguments(name, table)]
+    return problems
+
+
+def tracker_arguments(settings: TrackingSettings) -> dict[str, dict[str, Any]]:
+    """Arguments by tracker: the run's name for W&B, and over it the tables of --log_tracker_config."""
+    arguments: dict[str, dict[str, Any]] = {name: {} for name in settings.names}
+    if settings.run_name and "wandb" in arguments:
+        arguments["wandb"]["name"] = settings.run_name
+    if settings.arguments_file is None:
+        return arguments
+    where = f"--log_tracker_config {settings.arguments_file}"
+    try:
+        tables = tomllib.loads(settings.arguments_file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: the file cannot be read ({error}).") from error
+    for name, table in tables.items():
+        if name not in PACKAGES or not isinstance(table, dict):
+            raise UserError(f"{where}: {name} is not known. It takes the tables [tensorboard] and [wandb].")
+        if name in arguments:
+            arguments[name] |= table
+    return arguments
+
+
+def _wrong_arguments(name: str, table: Mapping[str, Any]) -> list[str]:
+    """Keys that the tracker's start would stumble over, asked of the tracker itself."""
+    if not table:
+        return []
+    if name == "wandb":
+        import wandb
+
+        known, ours = inspect.signature(wandb.init).parameters, {"project": "--log_tracker_name"}
+    else:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # accelerate takes the one or the other
+            from tensorboardX import SummaryWriter  # type: ignore[no-redef]
+        known, ours = inspect.signature(SummaryWriter).parameters, {"log_dir": "--logging_dir"}
+    told = [f"{key} is what {option} says. Leave it out." for key, option in ours.items() if key in table]
+    return told + [f"{key} is not known. Known are {', '.join(known)}." for key in table if key not in known]
+
+
+class Trackers:
+    """The trackers of the main process; elsewhere, or where none is wanted, it does nothing.
+
+    They are told in a thread, in order: a slow disk or network does not hold up training, and one that fails is a warning.
+    """
+
+    def __init__(self, accelerator: Accelerator, settings: TrackingSettings, config: Mapping[str, Any] | None = None):
+        """config: the options to tell (--log_config), or None."""
+        self._trackers: list[Any] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._failed = False
+        if not settings.names or not accelerator.is_main_process:
+            return
+        if settings.api_key:
+            os.environ["WANDB_API_KEY"] = settings.api_key  # wandb.login would write it to a file
+        with _argv_without(settings.secrets):
+            plain = {key: _plain(value) for key, value in config.items()} if config is not None else None
+            with _told_clearly():
+                accelerator.init_trackers(settings.project, plain, tracker_arguments(settings))
+        self._trackers = list(accelerator.trackers)
+        self._thread = ThreadPoolExecutor(1, "trackers")
+        for tracker in self._trackers:
+            if tracker.name == "wandb":
+                tracker.tracker.define_metric("epoch", hidden=True)
+                tracker.tracker.define_metric("global_step", hidden=True)
+
+    def scalars(self, values: Mapping[str, float], x: int, step: int, epoch: int) -> None:
+        """x: the step, or for an epoch's values the epoch. W&B has an axis of its own and is given step and epoch."""
+        self._tell(partial(self._scalars, dict(values), x, {"global_step": step, "epoch": epoch}))
+
+    def images(self, images: Sequence[tuple[int, str, Image]], step: int, epoch: int) -> None:
+        """Previews as sample_<index>: (index, prompt, image)."""
+        self._tell(partial(self._images, list(images), step, {"global_step": step, "epoch": epoch}))
+
+    def close(self) -> None:
+        """Wait until everything has been told."""
+        self._tell(lambda: [tracker.finish() for tracker in self._trackers])
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._trackers, self._thread = [], None
+
+    def _tell(self, do: Callable[[], object]) -> None:
+        if self._thread is not None:
+            self._thread.submit(self._guarded, do)
+
+    def _guarded(self, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except Exception as error:  # whatever it is, hours of training are worth more
+            if not self._failed:
+                logger.warning("A tracker failed, and may miss values: %s: %s", type(error).__name__, error)
+            self._failed = True
+
+    def _scalars(self, values: dict[str, float], x: int, place: dict[str, int]) -> None:
+        for tracker in self._trackers:
+            if tracker.name == "wandb":
+                tracker.log({**values, **place})
+            else:
+                tracker.log(values, step=x)
+
+    def _images(self, images: list[tuple[int, str, Image]], step: int, place: dict[str, int]) -> None:
+        import numpy as np
+
+        for tracker in self._trackers:
+            if tracker.name == "wandb":
+                import wandb
+
+                found = {f"sample_{index}": wandb.Image(image, caption=prompt) for index, prompt, image in images}
+                tracker.log({**found, **place})
+            else:
+                for index, _, image in images:
+                    tracker.log_images({f"sample_{index}": np.asarray(image)[None]}, step=step, dataformats="NHWC")
+
+
+@contextmanager
+def _told_clearly() -> Iterator[None]:
+    """W&B that cannot log in or start is for the user to mend."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        raise UserError(
+            f"--log_with wandb: {error} Log in with `wandb login`, give --wandb_api_key, or set WANDB_MODE=offline."
+        ) from error
+
+
+@contextmanager
+def _argv_without(secrets: Sequence[str]) -> Iterator[None]:
+    """Trackers note the command line when they start: secrets in it are hidden meanwhile."""
+    before = list(sys.argv)
+    for place, word in enumerate(sys.argv):
+        for secret in secrets:
+            word = word.replace(secret, HIDDEN)
+        sys.argv[place] = word
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)

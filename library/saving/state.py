@@ -1,0 +1,255 @@
+"""Training states: everything that a run needs to go on as if it had never stopped.
+
+A state is a folder that appears whole or not at all: it is filled under a temporary name and renamed. It holds
+    train_state.json        position, the options that shape the run, versions (current_epoch and current_step as sd-scripts has them)
+    model.safetensors       the trained weights, float32 or as trained
+    <component>.pt          one file for each other component: optimizer, scheduler, scaler, ema, averages (torch.save of plain state dicts)
+    random_states_<rank>.pt every process's random generators
+Files ending in .pt are read with weights_only=True: a state from a stranger cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from library.common.errors import UserError
+from library.common.files import flush_folder, flush_to_disk, save_safetensors, write_text
+from library.common.safetensors_header import read_header
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+POSITION_FILE = "train_state.json"
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come."""
+
+    epoch: int = 0  # whole epochs done
+    batch: int = 0  # micro-batches of the current epoch that this process has consumed
+    step: int = 0  # optimizer steps done
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state in host memory, taken between two steps; it may be written while training goes on."""
+
+    position: Position
+    options: dict[str, Any]  # what shapes the run, to be compared at resume
+    weights: dict[str, torch.Tensor]
+    components: dict[str, dict[str, Any]]
+    random_states: dict[str, Any]
+
+
+def take_snapshot(
+    position: Position, options: dict[str, Any], weights: Mapping[str, torch.Tensor], components: Mapping[str, Stateful]
+) -> Snapshot:
+    """Copy everything to host memory. Waits for the device once."""
+    return Snapshot(
+        position,
+        options,
+        {key: _to_host(value) for key, value in weights.items()},
+        {name: _to_host(component.state_dict()) for name, component in components.items()},
+        random_states(),
+    )
+
+
+def random_states() -> dict[str, Any]:
+    """This process's generators: Python's and torch's, every device's."""
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def write_state(folder: Path, snapshot: Snapshot, rank: int = 0, barrier: Any = None) -> None:
+    """Write the state folder. With several processes all call it; `barrier` lets them wait for each other.
+
+    OSError where it cannot be written; what was there before stays.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        _fill_and_replace(temporary, folder, snapshot, rank, barrier or (lambda: None))
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _fill_and_replace(temporary: Path, folder: Path, snapshot: Snapshot, rank: int, wait: Callable[[], None]) -> None:
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    wait()
+    if temporary.is_dir():  # not on other machines' disks; steps seed their draws themselves, so nothing is lost
+        _save(temporary / f"random_states_{rank}.pt", snapshot.random_states)
+    if rank == 0:
+        save_safetensors(temporary / "model.safetensors", snapshot.weights)
+        for name, state in snapshot.components.items():
+            _save(temporary / f"{name}.pt", state)
+    wait()
+    if rank == 0:
+        position = snapshot.position
+        facts = {
+            "current_epoch": position.epoch,
+            "current_step": position.step,
+            "format": FORMAT,
+            "position": asdict(position),
+            "options": snapshot.options,
+            "torch": torch.__version__,
+        }
+        write_text(temporary / POSITION_FILE, json.dumps(facts, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+        _replace_folder(temporary, folder)
+    wait()
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state folder whose position has been read and whose files are known to be there."""
+
+    folder: Path
+    position: Position
+    options: dict[str, Any]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "model.safetensors")
+
+    def component(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / f"{name}.pt"
+        return _load(path) if path.exists() else None
+
+    def random_states(self, rank: int) -> dict[str, Any] | None:
+        path = self.folder / f"random_states_{rank}.pt"
+        return _load(path) if path.exists() else None
+
+
+def open_state(folder: Path, whole: bool = True) -> SavedState:
+    """Read a state's position. UserError if the folder is not a state of ours; `whole`: or lacks the weights."""
+    path = folder / POSITION_FILE
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: there is no such folder. Give a folder that ends in -state, or auto.")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        position = Position(**facts["position"])
+        if whole:
+            _check_files(folder)
+        return SavedState(folder, position, dict(facts["options"]))
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if path.exists() and "position" not in path.read_text(encoding="utf-8", errors="replace"):
+            reason = "it was saved by another program (sd-scripts' states hold neither the place in the epoch nor every random state)"
+        else:
+            reason = str(error) if isinstance(error, UserError | _Damaged) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"--resume {folder}: this is not a state that can be continued: {reason}. To start from its LoRA weights alone, use --network_weights."
+        ) from error
+
+
+class _Damaged(ValueError):
+    """A file of a state is missing or not whole."""
+
+
+def _check_files(folder: Path) -> None:
+    """Whether the files are whole, as far as that is quickly seen: the header of the weights, the end of every other part."""
+    if not (folder / "model.safetensors").is_file():
+        raise _Damaged("model.safetensors is missing")
+    read_header(folder / "model.safetensors")
+    for path in sorted(folder.glob("*.pt")):
+        if not zipfile.is_zipfile(path):
+            raise _Damaged(f"{path.name} is cut short or damaged")
+
+
+def newest_state(output_dir: Path, name: str) -> SavedState | None:
+    """The whole state of output name `name` that has come farthest; broken and half-written folders are passed over."""
+    pattern = re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?-state")
+    if not output_dir.is_dir():
+        return None
+    for old in output_dir.glob(".*-state.old"):  # a run that died while it replaced a state
+        folder = output_dir / old.name[1 : -len(".old")]
+        if not folder.exists():
+            os.replace(old, folder)
+    found = []
+    for folder in output_dir.glob("*-state"):
+        if pattern.fullmatch(folder.name):
+            try:
+                found.append(open_state(folder))
+            except UserError as error:
+                logger.warning("A state that is not whole is passed over. %s", error)
+    return max(found, key=lambda state: (state.position.step, state.folder.stat().st_mtime_ns), default=None)
+
+
+def changed_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Options whose value differs from the saved run's, as "name: old -> new"."""
+    plain = json.loads(json.dumps(dict(now), default=str))
+    return [
+        f"{key}: {saved.get(key)!r} -> {plain.get(key)!r}"
+        for key in sorted(saved.keys() | plain.keys())
+        if saved.get(key) != plain.get(key)
+    ]
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Put `temporary` in the place of `folder`; the old one is removed only after the new one stands."""
+    for path in temporary.iterdir():
+        flush_to_disk(path)
+    if not folder.exists():
+        os.replace(temporary, folder)
+        flush_folder(folder.parent)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    os.replace(temporary, folder)
+    flush_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_host(value: Any) -> Any:
+    """A copy of a state dict that shares no memory with the live objects."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(item) for item in value)
+    return value
+
+
+def _save(path: Path, state: Any) -> None:
+    with path.open("wb") as file:  # given a path, torch tells a full disk in words of its own, not by OSError
+        torch.save(state, file)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path}: this part of the state cannot be read ({type(error).__name__}). Resume from an older state."
+        ) from error

@@ -1,0 +1,125 @@
+"""What launchers and options ask to be shared out, and what can't be combined with it."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from library.distributed.fsdp import ShardSettings
+from library.distributed.launch import (
+    Sharing,
+    plain_launch,
+    requested_sharing,
+    sharing_problems,
+    sharing_warnings,
+    unlike_starts,
+)
+from library.options.resolve import resolve_options
+from library.preflight.settings import memory_advice
+from library.saving.state import Position
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+STAGE, PARAM, OPTIMIZER, FILE = (
+    f"ACCELERATE_DEEPSPEED_{name}"
+    for name in ("ZERO_STAGE", "OFFLOAD_PARAM_DEVICE", "OFFLOAD_OPTIMIZER_DEVICE", "CONFIG_FILE")
+)
+
+
+def options(*words: str) -> argparse.Namespace:
+    return resolve_options(["--network_module", "networks.lora_sd3", *words]).args
+
+
+@pytest.mark.parametrize(
+    ("environment", "sharing"),
+    [
+        ({}, Sharing()),
+        (FSDP, Sharing(ShardSettings())),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, Sharing(ShardSettings(offload=True))),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}, Sharing(ShardSettings(reshard_after_forward=False))),
+        (DEEPSPEED, Sharing(optimizer=True)),
+        ({**DEEPSPEED, STAGE: "0"}, Sharing()),
+        ({**DEEPSPEED, STAGE: "3", PARAM: "none"}, Sharing(ShardSettings(), optimizer=True)),
+        ({**DEEPSPEED, STAGE: "3", PARAM: "cpu"}, Sharing(ShardSettings(offload=True), optimizer=True)),
+    ],
+)
+def test_what_accelerates_launcher_asks_for(environment: dict[str, str], sharing: Sharing):
+    request = requested_sharing(options(), environment)
+    assert request.sharing == sharing and sharing_problems(request, options(), 2) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sharing"),
+    [
+        ("", Sharing()),
+        ("--zero_stage 3", Sharing()),
+        ("--deepspeed", Sharing(optimizer=True)),
+        ("--deepspeed --zero_stage 0", Sharing()),
+        ("--deepspeed --zero_stage 1", Sharing(optimizer=True)),
+        ("--deepspeed --zero_stage 3", Sharing(ShardSettings(), optimizer=True)),
+        (
+            "--deepspeed --zero_stage 3 --offload_param_device cpu",
+            Sharing(ShardSettings(offload=True), optimizer=True),
+        ),
+    ],
+)
+def test_what_the_options_ask_for(words: str, sharing: Sharing):
+    request = requested_sharing(options(*words.split()), {})
+    assert request.sharing == sharing and not request.problems
+
+
+def test_options_win_over_a_deepspeed_configuration():
+    request = requested_sharing(options("--deepspeed", "--zero_stage", "1"), {**DEEPSPEED, STAGE: "3"})
+    assert request.sharing == Sharing(optimizer=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "told"),
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, "", "fsdp_version: 2"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "", "--gradient_checkpointing"),
+        (FSDP, "--deepspeed", "both say what is shared out"),
+        (FSDP, "--blocks_to_swap 1", "--blocks_to_swap"),
+        (FSDP, "--blocks_to_swap auto", "--blocks_to_swap"),
+        (FSDP, "--memory_plan auto", "--memory_plan"),
+        (FSDP, "--torch_compile", "--torch_compile"),
+        (FSDP, "--scale_weight_norms 1 --network_module lycoris.kohya", "--scale_weight_norms"),
+        ({**DEEPSPEED, FILE: "ds.json"}, "", "deepspeed_config_file is not read"),
+        ({**DEEPSPEED, OPTIMIZER: "cpu"}, "", "PagedAdamW8bit"),
+        ({}, "--deepspeed --zero_stage 3 --offload_param_device nvme", "nvme is refused"),
+        ({}, "--deepspeed --offload_param_device cpu", "needs ZeRO stage 3, but the stage is 2"),
+        ({}, "--deepspeed --zero_stage 3 --blocks_to_swap 1", "--blocks_to_swap"),
+    ],
+)
+def test_what_cannot_be_done_is_told_once(environment: dict[str, str], words: str, told: str):
+    args = options(*words.split())
+    problems = sharing_problems(requested_sharing(args, environment), args, 2)
+    assert len(problems) == 1 and told in problems[0]
+
+
+def test_one_process_shares_nothing_and_is_told():
+    plain, offloaded = (requested_sharing(options(), {**FSDP, "FSDP_OFFLOAD_PARAMS": o}) for o in ("false", "true"))
+    assert sharing_problems(plain, options(), 1) == []
+    assert "nothing is shared out" in sharing_warnings(plain, 1)[0] and sharing_warnings(plain, 2) == []
+    assert "--blocks_to_swap" in sharing_problems(offloaded, options(), 1)[0]
+    assert sharing_warnings(requested_sharing(options(), {}), 1) == []
+
+
+def test_accelerate_is_not_told_what_its_launcher_was():
+    environment = {**FSDP, **DEEPSPEED, "ACCELERATE_USE_CPU": "true"}
+    with plain_launch(environment):
+        assert environment == {"FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "true"}
+    assert environment == {**FSDP, **DEEPSPEED, "ACCELERATE_USE_CPU": "true"}
+
+
+def test_machines_that_found_different_states_are_told_to_copy_one():
+    three, five = Position(step=3), Position(step=5)
+    assert unlike_starts([None, None], "auto") == unlike_starts([three, Position(step=3)], "auto") == []
+    (told,) = unlike_starts([three, None, five], "auto")
+    assert "no state, one at step 3, one at step 5" in told and "--resume auto" in told
+
+
+def test_a_full_memory_with_several_whole_models_is_told_of_sharing():
+    assert not any("fsdp2.yaml" in advice for advice in memory_advice(options()))
+    assert any("fsdp2.yaml" in advice for advice in memory_advice(options(), whole_copies=True))
