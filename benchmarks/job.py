@@ -21,7 +21,6 @@ from library.options.resolve import resolve_options
 from library.preflight.network import make_network
 from library.preflight.plan import learning_rates
 from library.preflight.settings import flow_settings, loss_settings, memory_settings, scheduler_settings
-from library.saving.state import Position
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import HEAD_SIZE, MMDiTConfig
 from library.training.loop import LoopParts, LoopSettings, StepReport, TrainingLoop
@@ -29,6 +28,7 @@ from library.training.optimizers import build_optimizer
 from library.training.precision import Precision, choose_precision
 from library.training.schedulers import build_schedule
 from library.training.step import DenoisingStep, StepInput, StepResult
+from library.training.train_progress import TrainProgress
 
 PRESETS = {
     "sd3m": MMDiTConfig(24, 1536, 2, 16, 16, 4096, 2048, 6144, 192, False, ()),
@@ -146,7 +146,7 @@ class Job:
     swapper: BlockSwapper | None
     loop: TrainingLoop
     batch: MicroBatch
-    position: Position
+    position: TrainProgress
 
     def step(self) -> StepReport:
         """One optimizer step: forward, backward, clip, step."""
@@ -163,7 +163,7 @@ class NoEvents:
     def after_step(self, report: StepReport) -> None:
         return
 
-    def after_epoch(self, position: Position) -> None:
+    def after_epoch(self, position: TrainProgress) -> None:
         return
 
     def should_stop(self) -> bool:
@@ -197,7 +197,7 @@ def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device
     )
     length = LoopSettings(args.gradient_accumulation_steps, ENDLESS, args.max_grad_norm, args.seed or 0)
     batch = random_batch(config, shape, precision, device)
-    return Job(model, network, swapper, TrainingLoop(length, parts, NoEvents()), batch, Position())
+    return Job(model, network, swapper, TrainingLoop(length, parts, NoEvents()), batch, TrainProgress())
 
 
 def _losses(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from torch import nn
 
 
 def mix_seed(*parts: int | str) -> int:
@@ -47,3 +49,25 @@ class DrawGenerators:
         yield
         self.cpu.set_state(states[0])
         random.setstate(states[1])
+
+
+@contextmanager
+def preserve_rng_state(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in eval mode and no gradient inside; afterwards modes and random states are as before."""
+    modes = [[(module, module.training) for module in each.modules()] for each in modules]
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module_modes in modes:
+            for module, training in module_modes:
+                module.training = training
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from library.distributed.fsdp import ShardSettings
 from library.options.groups.refused import NVME, OFFLOAD_OPTIMIZER
-from library.saving.state import Position
+from library.training.train_progress import TrainProgress
 
 USES_FSDP, USES_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 DEEPSPEED_PREFIX = "ACCELERATE_DEEPSPEED_"
@@ -90,7 +90,7 @@ def sharing_warnings(request: Request, processes: int) -> list[str]:
     return []
 
 
-def unlike_starts(starts: Sequence[Position | None], resume: str | None) -> list[str]:
+def unlike_starts(starts: Sequence[TrainProgress | None], resume: str | None) -> list[str]:
     """Processes that found different states to go on from, as machines with disks of their own may."""
     if len(set(starts)) == 1:
         return []

@@ -25,9 +25,9 @@ from library.monitoring.trackers import Trackers
 from library.options.option import path as path_type
 from library.options.table import OPTIONS
 from library.saving.names import OutputNames
-from library.saving.state import Position
 from library.training.loop import StepReport
 from library.training.optimizers import logged_rates
+from library.training.train_progress import TrainProgress
 
 if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer
@@ -64,7 +64,7 @@ class RunMetrics:
             self.trackers.close()
         self.file.close()
 
-    def start(self, position: Position) -> list[PreviewRecord]:
+    def start(self, position: TrainProgress) -> list[PreviewRecord]:
         """The first step is about to be made. Returns the previews that a resumed run has made before."""
         config = shared_options(self.args) if self.args.log_config else None
         self.trackers = Trackers(self.trainer.accelerator, self.trainer.tracking, config)
@@ -92,7 +92,7 @@ class RunMetrics:
         assert self.progress is not None
         self.progress.advance()
 
-    def epoch(self, position: Position) -> None:
+    def epoch(self, position: TrainProgress) -> None:
         """An epoch is over. Schedules that watch the loss are told it here where there is no validation."""
         self.late.send(None, lambda _: self._tell_epoch(position))
         if self.trainer.schedule.watches_loss and self.trainer.validation_loader is None:
@@ -100,7 +100,7 @@ class RunMetrics:
             mean = self.average.mean().to(self.trainer.device)
             self.trainer.schedule.observe(self.trainer.accelerator.reduce(mean, "mean").item())
 
-    def validation(self, position: Position, kind: str, total: Tensor) -> None:
+    def validation(self, position: TrainProgress, kind: str, total: Tensor) -> None:
         """total: [sum of losses, count] over all processes. kind: "step" or "epoch"."""
         loss, count = total.tolist()
         if count == 0:
@@ -116,7 +116,7 @@ class RunMetrics:
         self.trainer.schedule.observe(average)
         self.pause_is_over()
 
-    def previews(self, position: Position, records: list[PreviewRecord]) -> None:
+    def previews(self, position: TrainProgress, records: list[PreviewRecord]) -> None:
         """Previews of all processes, on the main one."""
         for record in records:
             self.file.write(record.as_record())
@@ -157,11 +157,11 @@ class RunMetrics:
         self.progress.note(avr_loss=f"{average:.4f}", lr=f"{next(iter(rates.values()), 0.0):.2e}")
         self._watch(bool(nonfinite), report)
 
-    def _tell_epoch(self, position: Position) -> None:
+    def _tell_epoch(self, position: TrainProgress) -> None:
         self._record(position, {"loss/epoch_average": self.average.mean().item()}, x=position.epoch)
 
     def _record(
-        self, position: Position, values: dict[str, float], x: int, own: dict[str, float] | None = None
+        self, position: TrainProgress, values: dict[str, float], x: int, own: dict[str, float] | None = None
     ) -> None:
         """values go to the file, the curves and the trackers, `own` to the first two."""
         epoch = position.epoch + (position.batch > 0)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from library.common.files import atomic_write
 from library.common.progress import progress_bar
+from library.common.seeds import preserve_rng_state
 from library.data.prompts import PreviewPrompt
 from library.flow.samplers import Velocity, guided, preview_sigmas, sample
 
@@ -73,7 +73,7 @@ class Previewer:
     def make(self, when: str, modules: Sequence[nn.Module]) -> list[Preview]:
         """Make this process's share of the previews. when: "e000001" or "000100", see `moment`. modules: put in eval mode meanwhile."""
         previews: list[Preview] = []
-        with undisturbed(modules):
+        with preserve_rng_state(modules):
             own = list(enumerate(self.prompts))[self.settings.rank :: self.settings.world_size]
             for index, prompt in progress_bar(own, "Previews", shown=self.settings.rank == 0):
                 try:
@@ -147,25 +147,3 @@ class Previewer:
 def moment(step: int, epoch: int | None) -> str:
     """The part of a preview's name that says when it was made: e + epoch, or the step."""
     return f"{step:06d}" if epoch is None else f"e{epoch:06d}"
-
-
-@contextmanager
-def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Modules in eval mode and no gradient inside; afterwards modes and random states are as before."""
-    modes = [[(module, module.training) for module in each.modules()] for each in modules]
-    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module_modes in modes:
-            for module, training in module_modes:
-                module.training = training
-        random.setstate(python)
-        np.random.set_state(arrays)
-        torch.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)

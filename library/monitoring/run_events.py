@@ -28,14 +28,10 @@ from library.saving.names import OutputNames, SaveRhythm, epochs_between_saves
 from library.saving.resume import resume_problems
 from library.saving.run_facts import run_facts, save_facts
 from library.saving.saver import BackgroundSaver, remove, told_if_unwritable, write_weights
-from library.saving.state import (
-    Position,
-    SavedState,
-    take_snapshot,
-    write_state,
-)
+from library.saving.state import SavedState, take_snapshot, write_state
 from library.training.loop import StepReport
 from library.training.signals import StopSignals
+from library.training.train_progress import TrainProgress
 from library.training.validation import validate
 from networks.diffusers_layout import to_diffusers, unread_by_diffusers
 
@@ -89,26 +85,26 @@ class RunEvents:
             return "stopped"
         return "finished" if error is None else f"ended by {type(error).__name__}"
 
-    def _tell_report(self, position: Position) -> None:
+    def _tell_report(self, position: TrainProgress) -> None:
         self.page.position = position
         if self.report is not None:
             self.report.poke()
 
     # --- the run's beginning and end -------------------------------------------------------------------------------
 
-    def begin(self) -> Position:
+    def begin(self) -> TrainProgress:
         """Load the state to resume from, if any, and make the previews that come before the first step."""
         state = self.trainer.state
         if state is None and self.args.resume:
             logger.info("--resume auto: there is no state in %s yet; starting anew.", self.names.folder)
-        position = self._start_given(state, self._restore(state) if state else Position())
+        position = self._start_given(state, self._restore(state) if state else TrainProgress())
         self.previews = self.metrics.start(position)
         self._tell_report(position)
         if self.previewer and (self.args.sample_at_first and position.step == 0):
             self.make_previews(position, epoch=0 if self.args.sample_every_n_epochs else None)
         return position
 
-    def finish(self, position: Position) -> Path:
+    def finish(self, position: TrainProgress) -> Path:
         """Save the LoRA, and the state where that is wanted; a run that was told to stop saves both and exits."""
         stopped = self.should_stop() and position.step < self.trainer.plan.length.max_steps
         path = self.names.step(position.step) if stopped else self.names.final()
@@ -149,7 +145,7 @@ class RunEvents:
         if self.previewer and every and position.step % every == 0:
             self.make_previews(position, epoch=None)
 
-    def after_epoch(self, position: Position) -> None:
+    def after_epoch(self, position: TrainProgress) -> None:
         args, epoch = self.args, position.epoch
         self._tell_report(position)
         self.metrics.epoch(position)
@@ -163,7 +159,7 @@ class RunEvents:
 
     # --- files -----------------------------------------------------------------------------------------------------
 
-    def save_at_step(self, position: Position, with_state: bool) -> None:
+    def save_at_step(self, position: TrainProgress, with_state: bool) -> None:
         args, names, step = self.args, self.names, position.step
 
         def old(keep: int | None, states: bool) -> list[Path]:
@@ -174,7 +170,7 @@ class RunEvents:
             keep = args.save_last_n_steps_state or args.save_last_n_steps
             self.save_state(names.state_step(step), position, lambda: old(keep, True))
 
-    def save_at_epoch(self, position: Position) -> None:
+    def save_at_epoch(self, position: TrainProgress) -> None:
         args, names, epoch = self.args, self.names, position.epoch
         every = self.rhythm.every_epochs or 1
 
@@ -186,7 +182,7 @@ class RunEvents:
             keep = args.save_last_n_epochs_state or args.save_last_n_epochs
             self.save_state(names.state_epoch(epoch), position, lambda: old(keep, True))
 
-    def save_weights(self, path: Path, position: Position, old: Old = list) -> None:
+    def save_weights(self, path: Path, position: TrainProgress, old: Old = list) -> None:
         """Hand a copy of the LoRA to the saver. With an EMA its average is saved beside, or instead.
 
         old: which files may go, asked once the new one is on the disk.
@@ -241,7 +237,7 @@ class RunEvents:
 
         return write
 
-    def save_state(self, folder: Path, position: Position, old: Old = list) -> None:
+    def save_state(self, folder: Path, position: TrainProgress, old: Old = list) -> None:
         """Hand a snapshot of the whole run to the saver; several processes write together."""
         trainer = self.trainer
         snapshot = take_snapshot(
@@ -275,7 +271,7 @@ class RunEvents:
 
     # --- validation and previews -----------------------------------------------------------------------------------
 
-    def validate(self, position: Position, kind: str) -> None:
+    def validate(self, position: TrainProgress, kind: str) -> None:
         """The loss on the held-out images at fixed timesteps and noise."""
         trainer = self.trainer
         if trainer.validation_loader is None or self.should_stop():
@@ -300,7 +296,7 @@ class RunEvents:
         total = 0 if plan is None else plan.batches_per_epoch
         return progress_bar(batches, "Validation", self.main, min(total, self.args.max_validation_steps or total))
 
-    def make_previews(self, position: Position, epoch: int | None) -> None:
+    def make_previews(self, position: TrainProgress, epoch: int | None) -> None:
         if self.previewer is None or self.should_stop():  # who stops the run may not wait for pictures
             return
         with self.trainer.doing("drawing previews"), self.evaluation_weights(), self.trainer.uneven_forwards():
@@ -329,7 +325,7 @@ class RunEvents:
 
     # --- resume ----------------------------------------------------------------------------------------------------
 
-    def _restore(self, state: SavedState) -> Position:
+    def _restore(self, state: SavedState) -> TrainProgress:
         trainer = self.trainer
         problems = resume_problems(
             state, self.args, trainer.plan
@@ -346,7 +342,7 @@ class RunEvents:
         logger.info("Resumed at step %d (epoch %d)", state.position.step, state.position.epoch + 1)
         return state.position
 
-    def _start_given(self, state: SavedState | None, position: Position) -> Position:
+    def _start_given(self, state: SavedState | None, position: TrainProgress) -> TrainProgress:
         """Where --initial_step or --initial_epoch say that the run starts; a fresh schedule is brought there."""
         start = given_start(self.args, self.trainer.plan.length)
         if start is None:

@@ -14,8 +14,8 @@ from library.memory.checkpointing import CheckpointSettings
 from library.monitoring.trackers import TrackingSettings, chosen_trackers, log_folder
 from library.options.table import OPTIONS
 from library.saving.hub import HubSettings
-from library.saving.state import Position
 from library.training.schedulers import SchedulerSettings
+from library.training.train_progress import TrainProgress
 
 
 def path_or_none(text: str | None) -> Path | None:
@@ -117,7 +117,7 @@ def run_length(
     return RunLength(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))
 
 
-def given_start(args: argparse.Namespace, length: RunLength) -> Position | None:
+def given_start(args: argparse.Namespace, length: RunLength) -> TrainProgress | None:
     """Where --initial_step or --initial_epoch (counted from 1) put the first step; None where neither is given.
 
     The epoch that the step lies in begins with its first batch, or with --skip_until_initial_step at that step's own.
@@ -128,7 +128,7 @@ def given_start(args: argparse.Namespace, length: RunLength) -> Position | None:
     step = first_of_epoch if args.initial_step is None else args.initial_step
     epoch, steps_in_epoch = divmod(step, length.steps_per_epoch)
     batch = steps_in_epoch * args.gradient_accumulation_steps if args.skip_until_initial_step else 0
-    return Position(epoch, batch, step)
+    return TrainProgress(epoch, batch, step)
 
 
 def start_problems(args: argparse.Namespace, length: RunLength) -> list[str]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from library.saving.dataset_facts import common, dataset_of_command_line, datasets_of_file, images
 from library.saving.metadata import NOT_FOR_SD3, RunFacts, SaveFacts
 from library.saving.modelspec import ModelSpec, thumbnail_url
-from library.saving.state import Position
 from library.training.precision import DTYPES
+from library.training.train_progress import TrainProgress
 from networks.network_arguments import DEFAULT_RANK
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run_facts(trainer: NetworkTrainer, started_at: float) -> RunFacts:
     return RunFacts(training, _spec(trainer, family.kind), family, args.no_metadata)
 
 
-def save_facts(position: Position, finished_at: float) -> SaveFacts:
+def save_facts(position: TrainProgress, finished_at: float) -> SaveFacts:
     """In an epoch, its number is that of the epoch; after its end, too."""
     return SaveFacts(position.step, position.epoch + (position.batch > 0), finished_at)
 

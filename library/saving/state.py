@@ -27,6 +27,7 @@ import torch
 from library.common.errors import UserError
 from library.common.files import flush_folder, flush_to_disk, save_safetensors, write_text
 from library.common.safetensors_header import read_header
+from library.training.train_progress import TrainProgress
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -39,19 +40,10 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Position:
-    """How far a run has come."""
-
-    epoch: int = 0  # whole epochs done
-    batch: int = 0  # micro-batches of the current epoch that this process has consumed
-    step: int = 0  # optimizer steps done
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """A state in host memory, taken between two steps; it may be written while training goes on."""
 
-    position: Position
+    position: TrainProgress
     options: dict[str, Any]  # what shapes the run, to be compared at resume
     weights: dict[str, torch.Tensor]
     components: dict[str, dict[str, Any]]
@@ -59,7 +51,10 @@ class Snapshot:
 
 
 def take_snapshot(
-    position: Position, options: dict[str, Any], weights: Mapping[str, torch.Tensor], components: Mapping[str, Stateful]
+    position: TrainProgress,
+    options: dict[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    components: Mapping[str, Stateful],
 ) -> Snapshot:
     """Copy everything to host memory. Waits for the device once."""
     return Snapshot(
@@ -133,7 +128,7 @@ class SavedState:
     """A state folder whose position has been read and whose files are known to be there."""
 
     folder: Path
-    position: Position
+    position: TrainProgress
     options: dict[str, Any]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -157,7 +152,7 @@ def open_state(folder: Path, whole: bool = True) -> SavedState:
         raise UserError(f"--resume {folder}: there is no such folder. Give a folder that ends in -state, or auto.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        position = Position(**facts["position"])
+        position = TrainProgress(**facts["position"])
         if whole:
             _check_files(folder)
         return SavedState(folder, position, dict(facts["options"]))

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from library.common.seeds import DrawGenerators, mix_seed
 from library.distributed.gradients import GradientReducer, LossScaler, clip_gradients, step_if_finite
-from library.saving.state import Position
 from library.training.ema import WeightEma
 from library.training.optimizers import OptimizerBundle
 from library.training.schedulers import Schedule
 from library.training.step import StepResult
+from library.training.train_progress import TrainProgress
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LoopSettings:
 class StepReport:
     """What one optimizer step did; tensors are on the device and have not been waited for."""
 
-    position: Position  # after the step
+    position: TrainProgress  # after the step
     loss: Tensor  # 0-dim: mean over the step's samples on this process
     gradient_norm: Tensor  # 0-dim, before clipping
     nonfinite: Tensor  # 0-dim bool: the step was skipped
@@ -65,7 +65,7 @@ class Events(Protocol):
 
     def after_step(self, report: StepReport) -> None: ...
 
-    def after_epoch(self, position: Position) -> None: ...
+    def after_epoch(self, position: TrainProgress) -> None: ...
 
     def should_stop(self) -> bool: ...
 
@@ -82,10 +82,10 @@ class TrainingLoop:
 
     def run(
         self,
-        position: Position,
+        position: TrainProgress,
         batches_of: Callable[[int, int], Iterable[Any]],
         samples_of: Callable[[int], Sequence[int]],
-    ) -> Position:
+    ) -> TrainProgress:
         """Train from `position` to the last step or until told to stop.
 
         batches_of(epoch, start): this process's micro-batches of an epoch from number `start` on, each with `.loss_weights`
@@ -106,7 +106,7 @@ class TrainingLoop:
                 self.events.after_epoch(position)
         return position
 
-    def optimizer_step(self, position: Position, batches: Iterator[Any], total_samples: int) -> StepReport:
+    def optimizer_step(self, position: TrainProgress, batches: Iterator[Any], total_samples: int) -> StepReport:
         """Accumulate the gradients of some micro-batches and step. The loss is the mean over all samples of all processes."""
         parts = self.parts
         losses, timesteps, paths = [], [], []

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.common.seeds import DrawGenerators, mix_seed
-from library.monitoring.previews import undisturbed
+from library.common.seeds import DrawGenerators, mix_seed, preserve_rng_state
 from library.training.step import StepResult
 
 
@@ -32,7 +31,7 @@ def validate(
     share: (r, n) where `batches` are the batches r, r + n, … of all; they draw what they would draw in a single process.
     """
     total = torch.zeros(2, device=draws.device.device)
-    with undisturbed(modules):
+    with preserve_rng_state(modules):
         for place, batch in enumerate(wrap(islice(batches, max_batches))):
             number = share[0] + place * share[1]
             for timestep in timesteps:

@@ -17,7 +17,7 @@ from library.distributed.launch import (
 )
 from library.options.resolve import resolve_options
 from library.preflight.settings import memory_advice
-from library.saving.state import Position
+from library.training.train_progress import TrainProgress
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -114,8 +114,8 @@ def test_accelerate_is_not_told_what_its_launcher_was():
 
 
 def test_machines_that_found_different_states_are_told_to_copy_one():
-    three, five = Position(step=3), Position(step=5)
-    assert unlike_starts([None, None], "auto") == unlike_starts([three, Position(step=3)], "auto") == []
+    three, five = TrainProgress(step=3), TrainProgress(step=5)
+    assert unlike_starts([None, None], "auto") == unlike_starts([three, TrainProgress(step=3)], "auto") == []
     (told,) = unlike_starts([three, None, five], "auto")
     assert "no state, one at step 3, one at step 5" in told and "--resume auto" in told
 

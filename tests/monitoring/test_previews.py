@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.common.seeds import preserve_rng_state
 from library.data.prompts import PreviewPrompt
 from library.monitoring import contact_sheet, previews
 from library.monitoring.contact_sheet import PreviewRecord, columns_of, write_sheet
-from library.monitoring.previews import Previewer, PreviewSettings, moment, undisturbed
+from library.monitoring.previews import Previewer, PreviewSettings, moment
 from library.training.ema import WeightEma
 
 CPU = torch.device("cpu")
@@ -165,7 +166,7 @@ def test_modes_and_random_states_come_back_after_an_error() -> None:
     model = Denoiser()
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="broken"), undisturbed([model]):
+    with pytest.raises(RuntimeError, match="broken"), preserve_rng_state([model]):
         assert not model.training and not model.dropout.training
         torch.rand(1)
         raise RuntimeError("broken")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.common.errors import UserError
-from library.monitoring.previews import undisturbed
+from library.common.seeds import preserve_rng_state
 from networks.lora import LoRANetwork
 from networks.lora_sd3 import layers_by_name
 from networks.merging import merge_layers
@@ -399,7 +399,7 @@ def test_rank_dropout_acts_after_a_preview_as_before_it_and_not_inside(algo: str
         return not all(torch.equal(layer.layer(x), layer.layer(x)) for _ in range(10))
 
     before = drops()
-    with undisturbed([network]):
+    with preserve_rng_state([network]):
         inside = drops()
     assert (before, inside, drops()) == (True, False, True)
 

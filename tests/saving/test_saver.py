@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.common.errors import UserError
+from library.saving import saver
 from library.saving.saver import WAITING_AT_MOST, BackgroundSaver, remove, write_weights
 
 

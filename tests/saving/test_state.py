@@ -10,7 +10,6 @@ import torch
 
 from library.common.errors import UserError
 from library.saving.state import (
-    Position,
     changed_options,
     newest_state,
     open_state,
@@ -18,6 +17,7 @@ from library.saving.state import (
     take_snapshot,
     write_state,
 )
+from library.training.train_progress import TrainProgress
 
 
 def snapshot(step: int = 7):
@@ -27,7 +27,7 @@ def snapshot(step: int = 7):
     optimizer.step()
     options = {"seed": 3, "resolution": (64, 64)}
     return take_snapshot(
-        Position(1, 4, step), options, {"a.lora_down.weight": weight}, {"optimizer": optimizer}
+        TrainProgress(1, 4, step), options, {"a.lora_down.weight": weight}, {"optimizer": optimizer}
     ), optimizer
 
 
@@ -35,7 +35,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     taken, optimizer = snapshot()
     write_state(tmp_path / "x-step00000007-state", taken)
     state = open_state(tmp_path / "x-step00000007-state")
-    assert state.position == Position(1, 4, 7)
+    assert state.position == TrainProgress(1, 4, 7)
     assert torch.equal(state.weights()["a.lora_down.weight"], taken.weights["a.lora_down.weight"])
     again = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, 2))], lr=0.9)
     again.load_state_dict(state.component("optimizer"))
@@ -50,7 +50,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 def test_a_snapshot_shares_no_memory_with_the_run():
     weight = torch.ones(2)
-    taken = take_snapshot(Position(), {}, {"w": weight}, {})
+    taken = take_snapshot(TrainProgress(), {}, {"w": weight}, {})
     weight.zero_()
     assert taken.weights["w"].sum() == 2
 

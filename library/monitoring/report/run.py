@@ -21,7 +21,7 @@ from library.monitoring.report.pictures import THUMBNAIL_SIDE, PictureBox
 from library.options.option import Kind, Option
 from library.options.table import OPTIONS
 from library.saving.run_facts import program_version
-from library.saving.state import Position
+from library.training.train_progress import TrainProgress
 
 if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer
@@ -52,7 +52,7 @@ class RunReport:
     def __init__(self, trainer: NetworkTrainer, metrics: RunMetrics, previews: Callable[[], list[PreviewRecord]]):
         self.trainer, self.metrics, self.previews = trainer, metrics, previews
         self.started = time.monotonic()
-        self.position = Position()
+        self.position = TrainProgress()
         self.box = PictureBox()
         self._description: RunDescription | None = None
 
