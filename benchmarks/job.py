@@ -153,21 +153,8 @@ class Job:
         count = self.loop.settings.accumulation
         samples = count * len(self.batch.paths)
         report = self.loop.optimizer_step(self.position, repeat(self.batch, count), samples)
-        self.position = report.position
+        self.position = report.progress
         return report
-
-
-class NoEvents:
-    """Nothing happens between steps."""
-
-    def after_step(self, report: StepReport) -> None:
-        return
-
-    def after_epoch(self, position: TrainProgress) -> None:
-        return
-
-    def should_stop(self) -> bool:
-        return False
 
 
 def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device: torch.device) -> Job:
@@ -197,7 +184,7 @@ def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device
     )
     length = LoopSettings(args.gradient_accumulation_steps, ENDLESS, args.max_grad_norm, args.seed or 0)
     batch = random_batch(config, shape, precision, device)
-    return Job(model, network, swapper, TrainingLoop(length, parts, NoEvents()), batch, TrainProgress())
+    return Job(model, network, swapper, TrainingLoop(length, parts), batch, TrainProgress())
 
 
 def _losses(

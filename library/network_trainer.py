@@ -336,10 +336,10 @@ class NetworkTrainer(ModelFamily):
             device=self.device,
             scaler=self.scaler,
             ema=self.ema,
-            after_step=self._cap_norms if args.scale_weight_norms else None,
+            post_step_hook=self._cap_norms if args.scale_weight_norms else None,
         )
         with RunEvents(self, self.make_previewer()) as events:
-            loop = TrainingLoop(settings, parts, events)
+            loop = TrainingLoop(settings, parts, [events], events.should_stop)
             position = loop.run(events.begin(), self.loader.batches, plan.training.samples)
             return events.finish(position)
 

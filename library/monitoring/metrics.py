@@ -79,13 +79,13 @@ class RunMetrics:
 
     def step(self, report: StepReport) -> None:
         """Send a step's numbers on their way, and tell those that have arrived."""
-        norms = report.after_step
+        norms = report.norm_report
         extra = [norms.keys_scaled, norms.average_norm, norms.maximum_norm] if norms is not None else []
         single = [report.loss, report.gradient_norm, report.nonfinite, *extra]
         values = torch.cat([*(value.float().reshape(1) for value in single), report.losses.float()])
         rates = logged_rates(self.trainer.optimizer.optimizer, self.trainer.group_names)
         now = time.perf_counter()
-        rest = replace(report, losses=values, gradient_norm=values, nonfinite=values, loss=values, after_step=None)
+        rest = replace(report, losses=values, gradient_norm=values, nonfinite=values, loss=values, norm_report=None)
         self.late.send(values, partial(self._tell_step, rest, len(extra), rates, now - self.last_time))
         self.last_time = now
         self.late.tell_arrived()
@@ -152,7 +152,7 @@ class RunMetrics:
         average = self.average.mean().item()
         values = {"loss/current": loss, "loss/average": average, **rates, **dict(zip(NORM_NAMES, norms))}
         own = {"gradient_norm": norm, "seconds": seconds, "memory_gib": memory_gib(self.trainer.device)}
-        self._record(report.position, values, report.position.step, own)
+        self._record(report.progress, values, report.progress.step, own)
         assert self.progress is not None
         self.progress.note(avr_loss=f"{average:.4f}", lr=f"{next(iter(rates.values()), 0.0):.2e}")
         self._watch(bool(nonfinite), report)
@@ -179,7 +179,7 @@ class RunMetrics:
         self.nonfinite_in_a_row += 1
         self.skipped += 1
         at = ", ".join(f"{Path(p).name} (timestep {t:g})" for p, t in zip(report.paths, report.timesteps.tolist()))
-        logger.warning("Step %d had a gradient that is not finite and was skipped: %s", report.position.step, at)
+        logger.warning("Step %d had a gradient that is not finite and was skipped: %s", report.progress.step, at)
         limit = self.args.max_nonfinite_steps
         if limit and self.nonfinite_in_a_row >= limit:
             self.nonfinite_in_a_row = (

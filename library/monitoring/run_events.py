@@ -44,7 +44,7 @@ SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 class RunEvents:
-    """The `Events` of the training loop. Use it as a context: leaving it finishes all writing."""
+    """A callback of the training loop. Use it as a context: leaving it finishes all writing."""
 
     def __init__(self, trainer: NetworkTrainer, previewer: Previewer | None):
         args = trainer.args
@@ -125,8 +125,8 @@ class RunEvents:
         """Whether a signal was received; of several processes, whether they have agreed that one of them did."""
         return self.stopping or (self.agreement.world_size == 1 and self.signals.received is not None)
 
-    def after_step(self, report: StepReport) -> None:
-        args, position = self.args, report.position
+    def on_step_end(self, report: StepReport) -> None:
+        args, position = self.args, report.progress
         self._tell_report(position)
         try:
             self.metrics.step(report)
@@ -145,7 +145,7 @@ class RunEvents:
         if self.previewer and every and position.step % every == 0:
             self.make_previews(position, epoch=None)
 
-    def after_epoch(self, position: TrainProgress) -> None:
+    def on_epoch_end(self, position: TrainProgress) -> None:
         args, epoch = self.args, position.epoch
         self._tell_report(position)
         self.metrics.epoch(position)

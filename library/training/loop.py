@@ -31,18 +31,31 @@ class LoopSettings:
     rank: int = 0
 
 
+class NormReport(Protocol):
+    """What clipping the weights' norms did, as 0-dim tensors on the device."""
+
+    @property
+    def keys_scaled(self) -> Tensor: ...
+
+    @property
+    def average_norm(self) -> Tensor: ...
+
+    @property
+    def maximum_norm(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did; tensors are on the device and have not been waited for."""
 
-    position: TrainProgress  # after the step
+    progress: TrainProgress  # after the step
     loss: Tensor  # 0-dim: mean over the step's samples on this process
     gradient_norm: Tensor  # 0-dim, before clipping
     nonfinite: Tensor  # 0-dim bool: the step was skipped
     losses: Tensor  # [samples]
     timesteps: Tensor  # [samples], on the CPU
     paths: list[str]
-    after_step: Any = None  # what `LoopParts.after_step` returned
+    norm_report: NormReport | None = None  # what `LoopParts.post_step_hook` returned
 
 
 @dataclass(frozen=True)
@@ -57,24 +70,24 @@ class LoopParts:
     device: torch.device
     scaler: LossScaler | None = None
     ema: WeightEma | None = None
-    after_step: Callable[[], Any] | None = None  # caps weight norms
+    post_step_hook: Callable[[], NormReport] | None = None  # clips the norms of the weights
 
 
-class Events(Protocol):
-    """What happens between steps: logs, previews, validation, saves."""
+class Callback(Protocol):
+    """What runs between steps: metrics, checkpoints, validation, previews."""
 
-    def after_step(self, report: StepReport) -> None: ...
+    def on_step_end(self, report: StepReport) -> None: ...
 
-    def after_epoch(self, position: TrainProgress) -> None: ...
-
-    def should_stop(self) -> bool: ...
+    def on_epoch_end(self, progress: TrainProgress) -> None:
+        """progress.epoch counts the epoch that has just ended."""
 
 
 @dataclass
 class TrainingLoop:
     settings: LoopSettings
     parts: LoopParts
-    events: Events
+    callbacks: Sequence[Callback] = ()  # called in order
+    should_stop: Callable[[], bool] = lambda: False
     draws: DrawGenerators = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,39 +95,41 @@ class TrainingLoop:
 
     def run(
         self,
-        position: TrainProgress,
+        progress: TrainProgress,
         batches_of: Callable[[int, int], Iterable[Any]],
         samples_of: Callable[[int], Sequence[int]],
     ) -> TrainProgress:
-        """Train from `position` to the last step or until told to stop.
+        """Train from `progress` to the last step, or until `should_stop` returns True.
 
         batches_of(epoch, start): this process's micro-batches of an epoch from number `start` on, each with `.loss_weights`
         and `.paths`. samples_of(epoch): how many samples each of them has, summed over all processes.
         """
-        while position.step < self.settings.max_steps and not self.events.should_stop():
-            samples = samples_of(position.epoch)
-            loader = iter(batches_of(position.epoch, position.batch))
-            while position.batch < len(samples) and position.step < self.settings.max_steps:
-                group = samples[position.batch : position.batch + self.settings.accumulation]
-                report = self.optimizer_step(position, islice(loader, len(group)), sum(group))
-                position = report.position
-                self.events.after_step(report)
-                if self.events.should_stop():
+        while progress.step < self.settings.max_steps and not self.should_stop():
+            samples = samples_of(progress.epoch)
+            loader = iter(batches_of(progress.epoch, progress.batch))
+            while progress.batch < len(samples) and progress.step < self.settings.max_steps:
+                group = samples[progress.batch : progress.batch + self.settings.accumulation]
+                report = self.optimizer_step(progress, islice(loader, len(group)), sum(group))
+                progress = report.progress
+                for callback in self.callbacks:
+                    callback.on_step_end(report)
+                if self.should_stop():
                     break
-            if position.batch >= len(samples):
-                position = replace(position, epoch=position.epoch + 1, batch=0)
-                self.events.after_epoch(position)
-        return position
+            if progress.batch >= len(samples):
+                progress = replace(progress, epoch=progress.epoch + 1, batch=0)
+                for callback in self.callbacks:
+                    callback.on_epoch_end(progress)
+        return progress
 
-    def optimizer_step(self, position: TrainProgress, batches: Iterator[Any], total_samples: int) -> StepReport:
+    def optimizer_step(self, progress: TrainProgress, batches: Iterator[Any], total_samples: int) -> StepReport:
         """Accumulate the gradients of some micro-batches and step. The loss is the mean over all samples of all processes."""
         parts = self.parts
         losses, timesteps, paths = [], [], []
-        batch_number = position.batch
+        batch_number = progress.batch
         for batch in batches:
             # Numbered over all processes: two of them draw what one would with twice the accumulation.
             number = batch_number * self._processes() + self.settings.rank
-            self.draws.place(mix_seed(self.settings.seed, position.epoch, number))
+            self.draws.place(mix_seed(self.settings.seed, progress.epoch, number))
             result = parts.losses(batch, self.draws)
             loss = result.losses.sum() * (
                 self._processes() / total_samples
@@ -136,13 +151,13 @@ class TrainingLoop:
         parts.optimizer.optimizer.zero_grad(set_to_none=True)
         for parameter in parts.parameters:  # those too that another process steps
             parameter.grad = None
-        after_step = parts.after_step() if parts.after_step else None
+        norm_report = parts.post_step_hook() if parts.post_step_hook else None
         if parts.ema:
             parts.ema.update()
         all_losses = torch.cat(losses)
-        position = replace(position, batch=batch_number, step=position.step + 1)
+        progress = replace(progress, batch=batch_number, step=progress.step + 1)
         return StepReport(
-            position, all_losses.mean(), norm, nonfinite, all_losses, torch.cat(timesteps), paths, after_step
+            progress, all_losses.mean(), norm, nonfinite, all_losses, torch.cat(timesteps), paths, norm_report
         )
 
     def _processes(self) -> int:

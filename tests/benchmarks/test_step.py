@@ -81,7 +81,7 @@ def test_a_step_trains_the_lora_alone():
     before = [parameter.clone() for parameter in job.network.parameters()]
     for _ in range(3):
         report = job.step()
-    assert report.position.step == 3 and bool(torch.isfinite(report.loss)) and not report.nonfinite
+    assert report.progress.step == 3 and bool(torch.isfinite(report.loss)) and not report.nonfinite
     assert any(not torch.equal(one, two) for one, two in zip(before, job.network.parameters()))
     assert all(torch.equal(tensor, base[name]) for name, tensor in job.model.state_dict().items())
 
