@@ -1,0 +1,53 @@
+"""What memory savers and sharding know of a denoiser: blocks that run one after another, through one seam.
+
+A model family's transformer is a `TransformerModel`. It calls `self.run_block(index, block, *inputs)` where it would call
+`block(*inputs)`; whoever keeps blocks elsewhere, recomputes, compiles or shards them replaces that function as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class TransformerBlock(Protocol):
+    """A block of a transformer, as its runners see it."""
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Residual streams [B, L, D], then what conditions them (such as c [B, D]) -> the streams after the block."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+
+class BlockRunner(Protocol):
+    """Run block number `index` on its inputs; return its residual streams."""
+
+    def __call__(self, index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]: ...
+
+
+def call_block(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The runner without any saver."""
+    return block(*inputs)
+
+
+class TransformerModel(nn.Module):
+    """A denoiser whose blocks run through `run_block`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run_block: BlockRunner = call_block
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, in the order in which they run. A subclass returns its `ModuleList`."""
+        raise NotImplementedError
+
+
+class Pointwise(nn.Module):
+    """A step of a block that is cheap to compute again from its inputs: norms, modulations, activation functions.
+
+    A subclass's forward takes and returns tensors. It may use frozen weights. `library.memory.recompute` finds these modules.
+    """
