@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from library.common.errors import UserError
-from library.common.seeds import DrawGenerators, seed_everything
+from library.common.seeds import StepGenerators, seed_everything
 from library.distributed.gradients import GradientReducer, LossScaler
 from library.memory.apply import arrange
 from library.memory.block_swap import BlockSwapper, swap_limit
@@ -189,13 +189,13 @@ def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device
 
 def _losses(
     args: argparse.Namespace, model: MMDiT, network: Any, device: torch.device
-) -> Callable[[MicroBatch, DrawGenerators], StepResult]:
+) -> Callable[[MicroBatch, StepGenerators], StepResult]:
     def predict(noisy: Tensor, timesteps: Tensor, conditioning: tuple[Tensor, Tensor]) -> Tensor:
         return model(noisy, timesteps, *conditioning)
 
     step = DenoisingStep(flow_settings(args), loss_settings(args), predict, lambda: network.enabled(False), device)
 
-    def losses(batch: MicroBatch, draws: DrawGenerators) -> StepResult:
+    def losses(batch: MicroBatch, draws: StepGenerators) -> StepResult:
         given = StepInput(batch.latents, batch.conditioning, batch.loss_weights, mask=None, preserve=None)
         return step(given, draws)
 

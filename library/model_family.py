@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.common.seeds import DrawGenerators
+from library.common.seeds import StepGenerators
 from library.data.loader import Batch
 from library.data.settings import Size
 from library.distributed.fsdp import ShardedModel, ShardSettings
@@ -93,7 +93,7 @@ class ModelFamily(ABC):
         """Share the denoiser's weights out over all processes. local_sizes: how many run on each one's machine."""
 
     @abstractmethod
-    def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Any:
+    def conditioning(self, batch: Batch, draws: StepGenerators, training: bool) -> Any:
         """A batch's text as the denoiser wants it; dropout acts where `training`."""
 
     @abstractmethod

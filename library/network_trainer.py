@@ -31,7 +31,7 @@ from library.caching.latents import LATENT_CELL, LATENT_CHANNELS, LatentCache
 from library.caching.text import TextCache
 from library.common.errors import UserError
 from library.common.progress import progress_bar
-from library.common.seeds import DrawGenerators, seed_everything
+from library.common.seeds import StepGenerators, seed_everything
 from library.data.loader import Batch, Loader, LoaderSettings, preserves
 from library.distributed.fsdp import ShardedModel
 from library.distributed.gradients import GradientReducer, LossScaler
@@ -345,24 +345,24 @@ class NetworkTrainer(ModelFamily):
 
     # --- one micro-batch -------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, draws: DrawGenerators) -> StepResult:
+    def losses(self, batch: Batch, draws: StepGenerators) -> StepResult:
         """The losses of a training micro-batch."""
         batch = batch.to(self.device)
         if batch.network_multiplier != self.network.multiplier:
             self.network.set_multiplier(batch.network_multiplier)
         return self.step(self.step_input(batch, draws, training=True), draws)
 
-    def validation_losses(self, batch: Batch, draws: DrawGenerators, timestep: int) -> StepResult:
+    def validation_losses(self, batch: Batch, draws: StepGenerators, timestep: int) -> StepResult:
         """The losses of a validation micro-batch at one timestep."""
         batch = batch.to(self.device)
         self.network.set_multiplier(batch.network_multiplier)
         return self.step(self.step_input(batch, draws, training=False), draws, timestep)
 
-    def step_input(self, batch: Batch, draws: DrawGenerators, training: bool) -> StepInput:
+    def step_input(self, batch: Batch, draws: StepGenerators, training: bool) -> StepInput:
         latents = self.latents_of(batch, draws)
         base_conditioning = None
         if batch.preserve is not None and self.trained_encoders:
-            with draws.repeated(), torch.no_grad(), self.network.enabled(False):
+            with draws.fork(), torch.no_grad(), self.network.enabled(False):
                 base_conditioning = self.conditioning(batch, draws, training)
         return StepInput(
             latents=latents,
@@ -381,7 +381,7 @@ class NetworkTrainer(ModelFamily):
         wanted = any(preserves(subset) for dataset in datasets for subset in dataset.settings.subsets)
         return torch.zeros(len(batch.paths), dtype=torch.bool, device=self.device) if wanted else None
 
-    def latents_of(self, batch: Batch, draws: DrawGenerators) -> Tensor:
+    def latents_of(self, batch: Batch, draws: StepGenerators) -> Tensor:
         """Normalised latents [B, 16, h, w] float32: from the cache, or encoded now."""
         raw = batch.latents
         if raw is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.common.errors import UserError
-from library.common.seeds import DrawGenerators
+from library.common.seeds import StepGenerators
 from library.data.loader import Batch
 from library.data.prompts import PreviewPrompt
 from library.data.settings import Size
@@ -231,7 +231,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
             return encoding
         return encoding.merged(self.text_stage.encode_live(captions, self.live_encoders, self.trained_encoders))
 
-    def conditioning(self, batch: Batch, draws: DrawGenerators, training: bool) -> Conditioning:
+    def conditioning(self, batch: Batch, draws: StepGenerators, training: bool) -> Conditioning:
         encoding = self.encoding_of(batch.captions, batch.text)
         if training:
             encoding = apply_dropout(encoding, self.dropout, draws.cpu)

@@ -1,7 +1,7 @@
-"""Random draws as a function of the seed and the place in training.
+"""Random numbers as a function of the seed and of the progress of training.
 
-Every draw of a micro-batch comes from generators seeded by (seed, epoch, number of the batch over all processes). So a resumed run draws what the
-unbroken one drew, whatever previews and validation did in between, and nothing has to be replayed.
+Every random number of a micro-batch comes from generators seeded by (seed, epoch, number of the batch over all processes). A resumed run
+therefore draws what the unbroken one drew, whatever previews and validation drew in between, and nothing has to be replayed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 
-def mix_seed(*parts: int | str) -> int:
+def fold_seed(*parts: int | str) -> int:
     """A well-spread 63-bit seed out of any parts; the same on every machine and Python."""
     text = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
@@ -28,23 +28,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class DrawGenerators:
+class StepGenerators:
     """The generators of one micro-batch: on the CPU for timesteps and conditioning dropout, on the device for noise."""
 
     def __init__(self, device: torch.device):
         self.cpu = torch.Generator()
         self.device = self.cpu if device.type == "cpu" else torch.Generator(device)
 
-    def place(self, seed: int) -> None:
-        """Seed them, and the global generators, for the micro-batch that `seed` stands for."""
+    def seed(self, seed: int) -> None:
+        """Seed them, Python's and torch's global generators for the micro-batch of `seed` (see `fold_seed`)."""
         seed_everything(seed)
-        self.cpu.manual_seed(mix_seed(seed, "cpu"))
+        self.cpu.manual_seed(fold_seed(seed, "cpu"))
         if self.device is not self.cpu:
-            self.device.manual_seed(mix_seed(seed, "device"))
+            self.device.manual_seed(fold_seed(seed, "device"))
 
     @contextmanager
-    def repeated(self) -> Iterator[None]:
-        """What is drawn inside, from these generators on the CPU or from Python's, is drawn again after it."""
+    def fork(self) -> Iterator[None]:
+        """Restore the CPU generator and Python's at the end of the block, so that what follows draws the same numbers."""
         states = self.cpu.get_state(), random.getstate()
         yield
         self.cpu.set_state(states[0])

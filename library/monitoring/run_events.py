@@ -14,7 +14,7 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.progress import progress_bar
-from library.common.seeds import DrawGenerators
+from library.common.seeds import StepGenerators
 from library.distributed.consensus import Agreement
 from library.monitoring.contact_sheet import PreviewRecord, write_sheet
 from library.monitoring.metrics import RunMetrics
@@ -283,7 +283,7 @@ class RunEvents:
                 trainer.validation_timesteps,
                 trainer.validation_seed,
                 self.args.max_validation_steps,
-                DrawGenerators(trainer.device),
+                StepGenerators(trainer.device),
                 [trainer.network],
                 self._validation_progress,
                 (trainer.accelerator.process_index, trainer.accelerator.num_processes),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.common.seeds import DrawGenerators, mix_seed
+from library.common.seeds import StepGenerators, fold_seed
 from library.distributed.gradients import GradientReducer, LossScaler, clip_gradients, step_if_finite
 from library.training.ema import WeightEma
 from library.training.optimizers import OptimizerBundle
@@ -62,7 +62,7 @@ class StepReport:
 class LoopParts:
     """What the loop drives."""
 
-    losses: Callable[[Any, DrawGenerators], StepResult]  # of one micro-batch
+    losses: Callable[[Any, StepGenerators], StepResult]  # of one micro-batch
     parameters: list[nn.Parameter]
     optimizer: OptimizerBundle
     schedule: Schedule
@@ -88,10 +88,10 @@ class TrainingLoop:
     parts: LoopParts
     callbacks: Sequence[Callback] = ()  # called in order
     should_stop: Callable[[], bool] = lambda: False
-    draws: DrawGenerators = field(init=False)
+    draws: StepGenerators = field(init=False)
 
     def __post_init__(self) -> None:
-        self.draws = DrawGenerators(self.parts.device)
+        self.draws = StepGenerators(self.parts.device)
 
     def run(
         self,
@@ -129,7 +129,7 @@ class TrainingLoop:
         for batch in batches:
             # Numbered over all processes: two of them draw what one would with twice the accumulation.
             number = batch_number * self._processes() + self.settings.rank
-            self.draws.place(mix_seed(self.settings.seed, progress.epoch, number))
+            self.draws.seed(fold_seed(self.settings.seed, progress.epoch, number))
             result = parts.losses(batch, self.draws)
             loss = result.losses.sum() * (
                 self._processes() / total_samples

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.common.seeds import DrawGenerators
+from library.common.seeds import StepGenerators
 from library.flow.loss import LossSettings, training_loss
 from library.flow.timesteps import FlowSettings, add_noise, sample_timesteps, sigmas, velocity_target
 
@@ -56,7 +56,7 @@ class DenoisingStep:
         self.without_network = without_network
         self.device = device
 
-    def __call__(self, given: StepInput, draws: DrawGenerators, timestep: int | None = None) -> StepResult:
+    def __call__(self, given: StepInput, draws: StepGenerators, timestep: int | None = None) -> StepResult:
         """The losses of a micro-batch; with `timestep` (validation) every sample is at that one."""
         latents = given.latents
         count = latents.shape[0]

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.common.seeds import DrawGenerators, mix_seed, preserve_rng_state
+from library.common.seeds import StepGenerators, fold_seed, preserve_rng_state
 from library.training.step import StepResult
 
 
 def validate(
     batches: Iterable[Any],
-    losses: Callable[[Any, DrawGenerators, int], StepResult],
+    losses: Callable[[Any, StepGenerators, int], StepResult],
     timesteps: Sequence[int],
     seed: int,
     max_batches: int | None,
-    draws: DrawGenerators,
+    draws: StepGenerators,
     modules: Sequence[nn.Module],
     wrap: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     share: tuple[int, int] = (0, 1),
@@ -35,7 +35,7 @@ def validate(
         for place, batch in enumerate(wrap(islice(batches, max_batches))):
             number = share[0] + place * share[1]
             for timestep in timesteps:
-                draws.place(mix_seed(seed, "validation", number, timestep))
+                draws.seed(fold_seed(seed, "validation", number, timestep))
                 found = losses(batch, draws, timestep).losses
                 counted = batch.loss_weights.to(found.device) > 0  # a filler counts nothing
                 total += torch.stack([found[counted].sum(), counted.sum().float()])

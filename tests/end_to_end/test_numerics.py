@@ -24,7 +24,7 @@ from torch.func import functional_call
 from transformers import AutoTokenizer
 
 from library.caching.latents import posterior_noise
-from library.common.seeds import mix_seed
+from library.common.seeds import fold_seed
 from library.sd3.mmdit import MMDiT
 from library.sd3.vae import Vae
 from networks.lora_sd3 import create_network
@@ -212,7 +212,7 @@ def step(place: Workshop, folder: Path, start: Path, *more: str, **options: obje
 
 def draws(number: int = 0) -> torch.Generator:
     """The generator of a micro-batch of the first epoch on the CPU."""
-    return torch.Generator().manual_seed(mix_seed(mix_seed(SEED, 0, number), "cpu"))
+    return torch.Generator().manual_seed(fold_seed(fold_seed(SEED, 0, number), "cpu"))
 
 
 def uniform_timesteps(count: int, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from library.common.errors import UserError
-from library.common.seeds import DrawGenerators, seed_everything
+from library.common.seeds import StepGenerators, seed_everything
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, dataset_file, image_folder, train
 
@@ -28,12 +28,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_accumulated_batches_are_one_large_batch(workshop: Workshop, tmp_path: Path, monkeypatch):
     """Four samples at once, two and two, and three and one: the same step, with the same noise for each sample."""
     images = image_folder(tmp_path / "images")
-    place = DrawGenerators.place
+    seed_generators = StepGenerators.seed
 
-    def place_once(self: DrawGenerators, seed: int) -> None:
-        if not hasattr(self, "placed"):
-            place(self, 0)
-        self.placed = True  # type: ignore[attr-defined]
+    def seed_once(self: StepGenerators, seed: int) -> None:
+        if not hasattr(self, "seeded"):
+            seed_generators(self, 0)
+        self.seeded = True  # type: ignore[attr-defined]
 
     monkeypatch.setattr("library.training.step.sample_timesteps", lambda flow, count, *_: torch.full((count,), 500.0))
     found = {}
@@ -44,7 +44,7 @@ def test_accumulated_batches_are_one_large_batch(workshop: Workshop, tmp_path: P
         with monkeypatch.context() as patch:
             folder = tmp_path / f"out{batch}"
             words = ("--cache_latents", "--cache_latents_to_disk", "--cache_dir", str(tmp_path / "cache"))
-            patch.setattr(DrawGenerators, "place", place_once)
+            patch.setattr(StepGenerators, "seed", seed_once)
             more = {"dataset_config": data, "gradient_accumulation_steps": accumulation, "max_grad_norm": 0}
             found[batch] = train(workshop, folder, UNET, *words, **SGD, **more).weights()
     for batch in (2, 1, 3):
@@ -221,7 +221,7 @@ def test_t5_gives_as_many_rows_as_asked(workshop: Workshop, tmp_path: Path, leng
             train_batch_size=1,
         )
         batch = next(iter(run.trainer.loader.batches(0)))
-        context, pooled, _ = run.trainer.conditioning(batch, DrawGenerators(torch.device("cpu")), training=True)
+        context, pooled, _ = run.trainer.conditioning(batch, StepGenerators(torch.device("cpu")), training=True)
         assert context.shape[1] == 77 + length and pooled.shape == (2, 192)
 
 
@@ -239,7 +239,7 @@ def test_masks_act_alike_live_and_cached(workshop: Workshop, tmp_path: Path):
 def test_a_dropout_rate_zeroes_its_own_encoder_in_training_alone(workshop: Workshop, tmp_path: Path, name: str):
     run = train(workshop, tmp_path, UNET, max_train_steps=1, **{f"{name}_dropout_rate": "1"})
     batch = next(iter(run.trainer.loader.batches(0)))
-    draws = DrawGenerators(torch.device("cpu"))
+    draws = StepGenerators(torch.device("cpu"))
     trained, _, _ = run.trainer.conditioning(batch, draws, training=True)
     checked, _, _ = run.trainer.conditioning(batch, draws, training=False)
     shares = {"clip_l": np.s_[:, :77, :64], "clip_g": np.s_[:, :77, 64:192], "t5": np.s_[:, 77:]}

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from library.common.seeds import DrawGenerators, mix_seed
+from library.common.seeds import StepGenerators, fold_seed
 from library.training.precision import choose_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -39,18 +39,18 @@ def test_draws_depend_on_the_place_alone():
     def draw() -> tuple:
         return random.random(), torch.rand(1).item(), torch.rand(1, generator=draws.cpu).item()
 
-    draws = DrawGenerators(CPU)
-    draws.place(mix_seed(1, "a", 2))
+    draws = StepGenerators(CPU)
+    draws.seed(fold_seed(1, "a", 2))
     first = draw()
     torch.rand(100)
-    draws.place(mix_seed(1, "a", 2))
+    draws.seed(fold_seed(1, "a", 2))
     assert draw() == first
-    draws.place(mix_seed(1, "a", 3))
+    draws.seed(fold_seed(1, "a", 3))
     assert all(a != b for a, b in zip(draw(), first))
 
 
 def test_seeds_are_well_mixed_and_the_same_everywhere():
-    assert mix_seed(1, 2) == SEED_OF_1_2
-    assert len({mix_seed(a, b) for a in range(30) for b in range(30)}) == 900
-    assert mix_seed(12, 3) != mix_seed(1, 23)
-    assert 0 <= mix_seed("x") < 2**63
+    assert fold_seed(1, 2) == SEED_OF_1_2
+    assert len({fold_seed(a, b) for a in range(30) for b in range(30)}) == 900
+    assert fold_seed(12, 3) != fold_seed(1, 23)
+    assert 0 <= fold_seed("x") < 2**63

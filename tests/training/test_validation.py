@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.common.seeds import DrawGenerators
+from library.common.seeds import StepGenerators
 from library.training.step import StepResult
 from library.training.validation import validate
 
@@ -28,7 +28,7 @@ class Losses:
     weight: float = 0.0
     seen: list[tuple[int, float]] = field(default_factory=list)
 
-    def __call__(self, batch: Held, draws: DrawGenerators, timestep: int) -> StepResult:
+    def __call__(self, batch: Held, draws: StepGenerators, timestep: int) -> StepResult:
         noise = torch.rand(len(batch.loss_weights), generator=draws.device)
         random.random()
         torch.rand(1)
@@ -47,7 +47,7 @@ def run(
     share: tuple[int, int] = (0, 1),
 ) -> Tensor:
     batches = BATCHES[share[0] :: share[1]]
-    return validate(batches, losses, timesteps, seed, most, DrawGenerators(CPU), [], share=share)
+    return validate(batches, losses, timesteps, seed, most, StepGenerators(CPU), [], share=share)
 
 
 def test_the_same_weights_give_the_same_number_at_any_step() -> None:
@@ -92,7 +92,7 @@ def test_training_does_not_notice_validation() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
     modes: list[bool] = []
 
-    def losses(batch: Held, draws: DrawGenerators, timestep: int) -> StepResult:
+    def losses(batch: Held, draws: StepGenerators, timestep: int) -> StepResult:
         modes.append(model.training)
         assert not torch.is_grad_enabled()
         return Losses()(batch, draws, timestep)
@@ -102,6 +102,6 @@ def test_training_does_not_notice_validation() -> None:
     expected = random.random(), torch.rand(3)
     random.seed(5)
     torch.manual_seed(5)
-    validate(BATCHES, losses, (500,), 1, None, DrawGenerators(CPU), [model])
+    validate(BATCHES, losses, (500,), 1, None, StepGenerators(CPU), [model])
     assert random.random() == expected[0] and torch.equal(torch.rand(3), expected[1])
     assert model.training and modes == [False] * 3
