@@ -142,7 +142,7 @@ class Job:
     """A loop that can be asked for one step after another."""
 
     model: MMDiT
-    network: Any  # networks.lora.LoRANetwork, or another module's
+    network: Any  # networks.lora.Network, or another module's
     swapper: BlockSwapper | None
     loop: TrainingLoop
     batch: MicroBatch
@@ -193,7 +193,7 @@ def _losses(
     def predict(noisy: Tensor, timesteps: Tensor, conditioning: tuple[Tensor, Tensor]) -> Tensor:
         return model(noisy, timesteps, *conditioning)
 
-    step = DenoisingStep(flow_settings(args), loss_settings(args), predict, lambda: network.enabled(False), device)
+    step = DenoisingStep(flow_settings(args), loss_settings(args), predict, lambda: network.disable_adapters(), device)
 
     def losses(batch: MicroBatch, draws: StepGenerators) -> StepResult:
         given = StepInput(batch.latents, batch.conditioning, batch.loss_weights, mask=None, preserve=None)

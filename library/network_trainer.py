@@ -314,7 +314,7 @@ class NetworkTrainer(ModelFamily):
         self.validation_timesteps = validation_timesteps(flow)
         self.validation_seed = plan.seed if args.validation_seed is None else args.validation_seed
         self.step = DenoisingStep(
-            flow, loss_settings(args), self.predict, lambda: self.network.enabled(False), self.device
+            flow, loss_settings(args), self.predict, lambda: self.network.disable_adapters(), self.device
         )
 
     def run(self) -> Path:
@@ -336,7 +336,7 @@ class NetworkTrainer(ModelFamily):
             device=self.device,
             scaler=self.scaler,
             ema=self.ema,
-            post_step_hook=self._cap_norms if args.scale_weight_norms else None,
+            post_step_hook=self._clip_norms if args.scale_weight_norms else None,
         )
         with RunEvents(self, self.make_previewer()) as events:
             loop = TrainingLoop(settings, parts, [events], events.should_stop)
@@ -362,7 +362,7 @@ class NetworkTrainer(ModelFamily):
         latents = self.latents_of(batch, draws)
         base_conditioning = None
         if batch.preserve is not None and self.trained_encoders:
-            with draws.fork(), torch.no_grad(), self.network.enabled(False):
+            with draws.fork(), torch.no_grad(), self.network.disable_adapters():
                 base_conditioning = self.conditioning(batch, draws, training)
         return StepInput(
             latents=latents,
@@ -402,5 +402,5 @@ class NetworkTrainer(ModelFamily):
         """A progress bar on the main process."""
         return progress_bar(items, title, self.accelerator.is_main_process, total)
 
-    def _cap_norms(self) -> Any:
+    def _clip_norms(self) -> Any:
         return self.network.scale_weight_norms(self.args.scale_weight_norms)

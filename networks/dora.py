@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from networks.frozen_layers import FrozenLayer, dense_weight, left_product
-from networks.lora_layer import LayerSettings, LoRALayer
+from networks.lora import LayerSettings, LoRALayer
+from networks.network_layer import BaseLayer, dense_weight, left_matmul
 
 EPSILON = torch.finfo(torch.float32).eps  # readers add it to the norm
 
@@ -31,7 +31,7 @@ class DoRALayer(LoRALayer):
     exact = ("alpha", "dora_scale", "base_squared")
     base_squared: Tensor
 
-    def __init__(self, layer: FrozenLayer, settings: LayerSettings):
+    def __init__(self, layer: BaseLayer, settings: LayerSettings):
         super().__init__(layer, settings)
         home = "meta" if layer.weight.is_meta else "cpu"
         squared = column_norms_squared(dense_weight(layer)).to(home)  # [1, in] or [1, in, 1, 1]
@@ -45,13 +45,13 @@ class DoRALayer(LoRALayer):
             self._handles.append(self.layer.register_forward_pre_hook(self._before_layer))
             self._handles.append(self.layer.register_forward_hook(self._after_layer))
 
-    def file_tensors(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def export_state(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         magnitude = (values or {}).get("dora_scale", self.dora_scale)
-        return super().file_tensors(values) | {"dora_scale": magnitude}
+        return super().export_state(values) | {"dora_scale": magnitude}
 
     @torch.no_grad()
-    def load_file_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        super().load_file_tensors(tensors)
+    def import_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super().import_state(tensors)
         self.dora_scale.copy_(tensors["dora_scale"])
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class DoRALayer(LoRALayer):
         if self.is_conv:
             change = self.scale * torch.einsum("or,rihw->oihw", up, down)
             return column_norms_squared(dense_weight(self.layer) + change).sqrt()
-        cross = (left_product(up.t(), self.layer) * down).sum(0)  # [in]
+        cross = (left_matmul(up.t(), self.layer) * down).sum(0)  # [in]
         own = ((up.t() @ up) @ down * down).sum(0)  # [in]
         return (self.base_squared.float() + 2 * self.scale * cross + self.scale**2 * own).clamp(min=0).sqrt()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from library.common.errors import UserError
-from library.sd3.checkpoint import read_header
+from library.common.safetensors_header import read_header
 from networks.arguments import nearest_name
 from networks.diffusers_layout import ADAPTER_CONFIG, PEFT_PREFIX, fit, is_diffusers, kohya_layers, to_kohya
 from networks.parameter_groups import parts_of, without_absent_parts

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from library.common.errors import UserError
 from networks.dora import DoRALayer
-from networks.frozen_layers import FrozenLayer, is_target
-from networks.lora import LoRANetwork, make_network
+from networks.lora import LayerSettings, LoRALayer
+from networks.lora_arguments import LoraSettings, check_network_args, read_settings, trains_t5xxl
 from networks.lora_file import layers_of_file
-from networks.lora_layer import LayerSettings, LoRALayer
-from networks.network_arguments import LoraSettings, check_network_args, read_settings, trains_t5xxl
+from networks.network import Network, make_network
+from networks.network_layer import BaseLayer, is_target
 from networks.parameter_groups import LoraPlus
 from networks.weight_files import listed
 
@@ -75,7 +75,7 @@ EMBEDDER_LAYERS = (
 @dataclass(frozen=True)
 class Target:
     name: str  # of the LoRA
-    layer: FrozenLayer
+    layer: BaseLayer
     settings: LayerSettings
 
 
@@ -87,8 +87,8 @@ def create_network(
     text_encoders: Sequence[nn.Module | None] | None,
     mmdit: nn.Module | None,
     neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> LoRANetwork:
+    **kwargs: object,
+) -> Network:
     """A new LoRA, not yet attached.
 
     text_encoders: CLIP-L, CLIP-G, T5-XXL, None for each that is not trained or not loaded; mmdit: None when not trained.
@@ -114,8 +114,8 @@ def create_network_from_weights(
     weights_sd: Mapping[str, Tensor] | None = None,
     for_inference: bool = False,
     neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> tuple[LoRANetwork, Mapping[str, Tensor]]:
+    **kwargs: object,
+) -> tuple[Network, Mapping[str, Tensor]]:
     """The LoRA of a file (--dim_from_weights), filled with its weights: its layers, ranks, alphas and DoRA; not yet attached.
 
     Of kwargs (`--network_args`) those about dropout, LoRA+ and the table count; UserError for those that the file decides,
@@ -148,7 +148,7 @@ def create_network_from_weights(
     return network, from_file.tensors
 
 
-def layers_by_name(text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None) -> dict[str, FrozenLayer]:
+def layers_by_name(text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None) -> dict[str, BaseLayer]:
     """Every layer that a LoRA file may name, embedders and final layer included, by LoRA name in the order of creation."""
     return {name: layer for name, _, layer in _candidates(text_encoders, mmdit)}
 
@@ -185,7 +185,7 @@ def layer_rank(path: str, settings: LoraSettings) -> int:
 
 def _candidates(
     text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None
-) -> Iterator[tuple[str, str, FrozenLayer]]:
+) -> Iterator[tuple[str, str, BaseLayer]]:
     """(LoRA name, path, layer) of all that can have a LoRA."""
     for prefix, encoder in zip(TEXT_ENCODER_PREFIXES, text_encoders):
         for path, module in encoder.named_modules() if encoder is not None else ():
@@ -215,7 +215,7 @@ def _layer_settings(settings: LoraSettings, rank: int) -> LayerSettings:
 
 def _build(
     targets: Sequence[Target], settings: LoraSettings, multiplier: float, dora: set[str] | None = None
-) -> LoRANetwork:
+) -> Network:
     """dora: the names that are DoRA layers; None: all or none, as the settings say."""
     if not targets:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from library.common.errors import UserError
 from networks.arguments import Parser, boolean, choice, number, probability, split_arguments, typed_values, whole_number
-from networks.network_arguments import DEFAULT_RANK, MAX_RANK
+from networks.lora_arguments import DEFAULT_RANK, MAX_RANK
 
 # what ComfyUI and the clients built on it read
 ALGORITHMS = ("lora", "locon", "loha", "lokr", "glora", "full", "diag-oft", "boft")

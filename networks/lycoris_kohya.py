@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from library.common.errors import UserError
-from networks.frozen_layers import is_target, plain_weight
-from networks.lora import LoRANetwork, make_network
+from networks.lora_arguments import trains_t5xxl
 from networks.lora_file import layers_of_file
 from networks.lora_sd3 import layers_by_name
+from networks.lycoris import FACTORED_MODULES, ROTATIONS, LycorisLayer
 from networks.lycoris_arguments import FACTORED, LycorisSettings, check_network_args, read_settings
-from networks.lycoris_layer import FACTORED_MODULES, ROTATIONS, LycorisLayer
-from networks.network_arguments import trains_t5xxl
+from networks.network import Network, make_network
+from networks.network_layer import is_target, plain_weight
 from networks.parameter_groups import LoraPlus
 
 __all__ = ["check_network_args", "create_network", "create_network_from_weights", "trains_t5xxl"]
@@ -58,8 +58,8 @@ def create_network(
     text_encoders: Sequence[nn.Module | None] | None,
     mmdit: nn.Module | None,
     neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> LoRANetwork:
+    **kwargs: object,
+) -> Network:
     """A new LyCORIS network, not yet attached; arguments as those of networks.lora_sd3.create_network.
 
     Without a preset its layers are those of networks.lora_sd3. UserError where LyCORIS is not installed, an argument is wrong
@@ -80,8 +80,8 @@ def create_network_from_weights(
     weights_sd: Mapping[str, Tensor] | None = None,
     for_inference: bool = False,
     neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> tuple[LoRANetwork, Mapping[str, Tensor]]:
+    **kwargs: object,
+) -> tuple[Network, Mapping[str, Tensor]]:
     """The network of a LyCORIS file (--dim_from_weights), filled with its weights; not yet attached.
 
     Of kwargs module_dropout, LoRA+ and the table count; UserError for those that the file decides.
@@ -197,7 +197,7 @@ def _inner_from_file(name: str, layer: nn.Module, tensors: dict[str, Tensor], wh
     return inner
 
 
-def _network(layers: dict[str, LycorisLayer], settings: LycorisSettings, multiplier: float) -> LoRANetwork:
+def _network(layers: dict[str, LycorisLayer], settings: LycorisSettings, multiplier: float) -> Network:
     if not layers:
         raise UserError(f"LyCORIS finds no layer to train (preset {settings.preset}).")
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_unet_lr_ratio, settings.loraplus_text_encoder_lr_ratio)

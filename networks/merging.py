@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.common.errors import UserError
 from networks.dora import EPSILON
-from networks.frozen_layers import FrozenLayer, plain_weight
+from networks.network_layer import BaseLayer, plain_weight
 
 # what tells a layer's kind, and all the suffixes of that kind
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -81,7 +81,7 @@ def merged_weight(weight: Tensor, tensors: Mapping[str, Tensor], strength: float
 
 
 @torch.no_grad()
-def merge_into(layer: FrozenLayer, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
+def merge_into(layer: BaseLayer, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
     """Change a frozen layer's weight (and bias) in place, computed in float32 and kept in its dtype."""
     if plain_weight(layer) is None:
         raise TypeError("a weight must be merged before it is quantised")
@@ -91,7 +91,7 @@ def merge_into(layer: FrozenLayer, tensors: Mapping[str, Tensor], strength: floa
         layer.bias.data = (layer.bias.float() + strength * change).to(layer.bias.dtype)
 
 
-def check_change(name: str, tensors: Mapping[str, Tensor], layer: FrozenLayer) -> str | None:
+def check_change(name: str, tensors: Mapping[str, Tensor], layer: BaseLayer) -> str | None:
     """Why a layer's tensors can't change `layer`, as a sentence, or None. Computes shapes alone."""
     if kind_of(tensors) is None:
         return f"{name} has tensors of a kind that can't be merged here ({', '.join(sorted(tensors))})."
@@ -112,7 +112,7 @@ def check_change(name: str, tensors: Mapping[str, Tensor], layer: FrozenLayer) -
 
 
 def merge_layers(
-    changes: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, FrozenLayer], strength: float, where: str
+    changes: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, BaseLayer], strength: float, where: str
 ) -> int:
     """Merge a file's changes by LoRA name into the layers of these names. Returns how many; UserError lists all misfits."""
     problems = [f"{where}: {name} is no layer of this model." for name in changes if name not in layers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 from torch import nn
 
@@ -21,6 +21,14 @@ PARTS = {
     "lora_te3_": "textencoder 3",  # T5-XXL
     "lora_unet_": "unet",  # the MMDiT, by its old name
 }
+
+
+class ParameterGroup(TypedDict):
+    """A parameter group of torch.optim, with the name that logs and trackers show."""
+
+    params: list[nn.Parameter]
+    lr: float
+    name: str
 
 
 @dataclass(frozen=True)
@@ -114,13 +122,13 @@ def without_absent_parts(
 
 def parameter_groups(
     layers: Mapping[str, nn.Module], rates: LearningRates, plus: LoraPlus, plus_mark: str = "lora_up"
-) -> list[dict[str, Any]]:
+) -> list[ParameterGroup]:
     """[{"params": [...], "lr": rate, "name": "unet"}, …] in the order of PARTS, the LoRA+ group (" plus") after its part's.
 
     layers: modules by LoRA name. A parameter is of the LoRA+ group when its name has `plus_mark`. Parts at rate 0 are left
     out. UserError where nothing is left.
     """
-    groups = []
+    groups: list[ParameterGroup] = []
     for prefix, title in PARTS.items():
         rate, ratio = rates.of(prefix), plus.of(prefix)
         if rate == 0:

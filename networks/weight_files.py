@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.files import atomic_write, save_safetensors
-from library.sd3.checkpoint import read_header
+from library.common.safetensors_header import read_header
 
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
 Value = TypeVar("Value")

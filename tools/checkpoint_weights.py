@@ -15,7 +15,7 @@ from library.common.errors import UserError
 from library.common.tensor_io import TORCH_DTYPES
 from library.sd3.checkpoint import ModelFiles, TensorInfo
 from networks.diffusers_names import diffusers_paths
-from networks.frozen_layers import FrozenLayer
+from networks.network_layer import BaseLayer
 
 PREFIXES = {"mmdit": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5xxl": "lora_te3_"}
 TITLES = {"lora_unet_": "the MMDiT", "lora_te1_": "CLIP-L", "lora_te2_": "CLIP-G", "lora_te3_": "T5"}
@@ -32,7 +32,7 @@ class Weight:
     bias_info: TensorInfo | None
     scale: str | None  # of a float8 weight that means stored * scale
 
-    def empty_layer(self) -> FrozenLayer:
+    def empty_layer(self) -> BaseLayer:
         """The layer without memory, for checks of shapes."""
         shape, bias = self.info.shape, self.bias is not None
         if len(shape) == 2:

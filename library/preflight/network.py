@@ -66,7 +66,7 @@ def _numbers_by_key(network: Any) -> dict[str, int]:
     return {
         f"{name}.{suffix}": tensor.numel()
         for name, layer in network.layers.items()
-        for suffix, tensor in layer.file_tensors().items()
+        for suffix, tensor in layer.export_state().items()
     }
 
 

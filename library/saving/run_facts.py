@@ -14,7 +14,7 @@ from library.saving.metadata import NOT_FOR_SD3, RunFacts, SaveFacts
 from library.saving.modelspec import ModelSpec, thumbnail_url
 from library.training.precision import DTYPES
 from library.training.train_progress import TrainProgress
-from networks.network_arguments import DEFAULT_RANK
+from networks.lora_arguments import DEFAULT_RANK
 
 if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
-from networks.lora import LoRANetwork
+from networks.network import Network
 
 TINY = {
     "depth": 3,
@@ -68,7 +68,7 @@ def mmdit_inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> dict[str
     }
 
 
-def trained(network: LoRANetwork, size: float = 0.3, seed: int = 5) -> LoRANetwork:
+def trained(network: Network, size: float = 0.3, seed: int = 5) -> Network:
     """Give every factor values as if training had gone on for a while."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

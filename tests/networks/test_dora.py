@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from library.memory.quantization import quantise
 from networks.dora import DoRALayer
-from networks.lora_layer import LayerSettings, LoRALayer
+from networks.lora import LayerSettings, LoRALayer
 
 
 def read_as_comfyui(weight: Tensor, file: dict[str, Tensor], strength: float) -> Tensor:
@@ -66,7 +66,7 @@ def test_forward_is_what_readers_make_of_the_file(kind: str, strength: float):
     made = trained(dora(layer))
     made.multiplier = strength
     x = inputs(layer)
-    reference = apply(layer, read_as_comfyui(layer.weight, made.file_tensors(), strength), x)
+    reference = apply(layer, read_as_comfyui(layer.weight, made.export_state(), strength), x)
     torch.testing.assert_close(layer(x), reference, rtol=1e-5, atol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_combinations_are_what_readers_make_of_the_file(settings: dict):
     layer = base_layer("wide")
     made = trained(dora(layer, **settings))
     x = inputs(layer)
-    reference = apply(layer, read_as_comfyui(layer.weight, made.file_tensors(), 1.0), x)
+    reference = apply(layer, read_as_comfyui(layer.weight, made.export_state(), 1.0), x)
     torch.testing.assert_close(layer(x), reference, rtol=1e-5, atol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_gradients_are_the_formulas_with_the_norm_held_constant():
 def test_norm_without_the_merged_weight_equals_the_norm_of_it():
     layer = base_layer("wide")
     made = trained(dora(layer))
-    factors = LoRALayer.file_tensors(made)
+    factors = LoRALayer.export_state(made)
     merged = (
         layer.weight.double() + made.scale * factors["lora_up.weight"].double() @ factors["lora_down.weight"].double()
     )
@@ -135,7 +135,7 @@ def test_norm_of_a_quantised_layer_is_that_of_its_effective_weight(kind: str):
     made = trained(dora(layer))
     identity = torch.eye(64)
     effective = (layer.forward(identity) - layer.bias).t()  # [out, in]
-    factors = LoRALayer.file_tensors(made)
+    factors = LoRALayer.export_state(made)
     merged = effective + made.scale * factors["lora_up.weight"] @ factors["lora_down.weight"]
     torch.testing.assert_close(made.merged_norm(), merged.norm(dim=0, keepdim=True), rtol=2e-2, atol=1e-2)
     layer(torch.randn(2, 3, 64)).square().sum().backward()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.seeds import preserve_rng_state
-from networks.lora import LoRANetwork
 from networks.lora_sd3 import layers_by_name
 from networks.merging import merge_layers
+from networks.network import Network
 from networks.network_modules import network_module
 from networks.parameter_groups import LearningRates
 from networks.weight_files import group_by_layer, read_network_file
@@ -63,7 +63,7 @@ def small_mmdit() -> torch.nn.Module:
     return tiny_mmdit(depth=2, dual_attention_blocks=())
 
 
-def made(case: str, model: torch.nn.Module | None = None) -> tuple[torch.nn.Module, LoRANetwork]:
+def made(case: str, model: torch.nn.Module | None = None) -> tuple[torch.nn.Module, Network]:
     model = model or small_mmdit()
     torch.manual_seed(3)
     network = lycoris.create_network(1.0, 8 if case == "boft" else 4, 2.0, None, [], model, **CASES[case])
@@ -87,7 +87,7 @@ def trained_state(case: str) -> tuple[dict[str, Tensor], list[float]]:
     return {key: tensor.clone() for key, tensor in network.state_dict().items()}, losses
 
 
-def after_training(case: str) -> tuple[torch.nn.Module, LoRANetwork]:
+def after_training(case: str) -> tuple[torch.nn.Module, Network]:
     model, network = made(case)
     network.load_state_dict(trained_state(case)[0], strict=True)
     network.eval().attach()
@@ -156,7 +156,7 @@ def test_dim_from_weights_rebuilds_the_network(case: str):
 def test_resumed_training_equals_unbroken_training(case: str):
     """To the bit: state_dict folds and rounds nothing."""
 
-    def steps(network: LoRANetwork, model: torch.nn.Module) -> dict[str, Tensor]:
+    def steps(network: Network, model: torch.nn.Module) -> dict[str, Tensor]:
         network.train().attach()
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-2)
         model(**mmdit_inputs()).square().mean().backward()
@@ -221,9 +221,9 @@ def test_strength_is_linear_in_the_change(case: str):
     torch.testing.assert_close(outputs[0.0], layer.forward(x), rtol=1e-5, atol=1e-5)
 
 
-def test_base_model_inside_enabled_false():
+def test_base_model_inside_disable_adapters():
     model, network = after_training("lokr")
-    with network.enabled(False):
+    with network.disable_adapters():
         inside = model(**mmdit_inputs())
     network.detach()
     assert torch.equal(inside, model(**mmdit_inputs()))
@@ -236,7 +236,7 @@ def test_norm_cap(case: str):
     def norms() -> list[float]:
         found = []
         for layer in network.layers.values():
-            tensors = {key: value.detach() for key, value in layer.file_tensors().items() if key != "dora_scale"}
+            tensors = {key: value.detach() for key, value in layer.export_state().items() if key != "dora_scale"}
             found.append((readers.read(layer.layer.weight, tensors) - layer.layer.weight).norm().item())
         return found
 

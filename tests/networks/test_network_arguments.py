@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from library.common.errors import UserError
 from networks import lycoris_arguments
 from networks.arguments import FALSE_WORDS, TRUE_WORDS, arguments_of, boolean, split_arguments
-from networks.network_arguments import (
+from networks.lora_arguments import (
     PARSERS,
     LoraSettings,
     block_indices,

@@ -10,9 +10,9 @@ from library.memory.block_swap import BlockSwapper
 from library.memory.quantization import in_joint_blocks, quantise
 from library.sd3.mmdit import MMDiT, call_block
 from networks.dora import DoRALayer
-from networks.frozen_layers import dense_weight, left_product
-from networks.lora import LoRANetwork
-from networks.lora_layer import LayerSettings
+from networks.lora import LayerSettings
+from networks.network import Network
+from networks.network_layer import dense_weight, left_matmul
 from networks.network_modules import network_module
 from tests.networks.models import mmdit_inputs, relative_error, tiny_mmdit, trained
 
@@ -28,7 +28,7 @@ NETWORKS = {
 }
 
 
-def attached(name: str, model: nn.Module) -> LoRANetwork:
+def attached(name: str, model: nn.Module) -> Network:
     module, arguments = NETWORKS[name]
     torch.manual_seed(6)
     network = network_module(module).create_network(1.0, 4, 2.0, None, [], model, **arguments)
@@ -36,7 +36,7 @@ def attached(name: str, model: nn.Module) -> LoRANetwork:
     return network
 
 
-def step(model: nn.Module, network: LoRANetwork) -> tuple[Tensor, dict[str, Tensor]]:
+def step(model: nn.Module, network: Network) -> tuple[Tensor, dict[str, Tensor]]:
     out = model(**mmdit_inputs())
     out.square().mean().backward()
     return out.detach(), {name: parameter.grad for name, parameter in network.named_parameters()}
@@ -88,7 +88,7 @@ def test_a_quantised_weight_is_told_as_it_is_whatever_the_bias(kind: str):
     wide = layer.widen(layer.weight, layer.weight_scale, layer.shape, torch.bfloat16)
     assert torch.equal(dense_weight(layer), wide.float())
     u = torch.randn(3, 128).bfloat16().float()
-    assert relative_error(left_product(u, layer), u @ wide.float()) < 1e-2
+    assert relative_error(left_matmul(u, layer), u @ wide.float()) < 1e-2
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nf4"])

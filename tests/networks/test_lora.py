@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.dora import DoRALayer
-from networks.lora_layer import LayerSettings, LoRALayer
+from networks.lora import LayerSettings, LoRALayer
 
 
 def frozen_linear(size_in: int = 12, size_out: int = 18, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -147,7 +147,7 @@ def test_pissas_small_changes_survive_low_precision():
     zero = torch.zeros(50, 60)
     low = made(x.bfloat16(), zero.bfloat16()).float()
     assert (low - exact).norm() < 0.02 * exact.norm()
-    file = {key: tensor.bfloat16().float() for key, tensor in made.file_tensors().items()}
+    file = {key: tensor.bfloat16().float() for key, tensor in made.export_state().items()}
     saved = file["lora_up.weight"] @ file["lora_down.weight"] * (file["alpha"] / 8)
     assert (F.linear(x, saved) - exact).norm() < 0.02 * exact.norm()
 
@@ -165,7 +165,7 @@ def test_pissa_of_a_rank_above_the_layers_own_still_trains_every_rank():
 def test_rank_stabilised_scale_and_the_alpha_that_readers_need():
     made = LoRALayer(frozen_linear(), LayerSettings(rank=16, alpha=8.0, rslora=True))
     assert made.scale == 2.0  # 8 / sqrt(16)
-    assert made.file_tensors()["alpha"].item() / 16 == 2.0
+    assert made.export_state()["alpha"].item() / 16 == 2.0
 
 
 @pytest.mark.parametrize("kind", [LoRALayer, DoRALayer])

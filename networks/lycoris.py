@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.common.errors import UserError
-from networks.frozen_layers import dense_weight, plain_weight
 from networks.merging import merged_weight, weight_change
-from networks.network_layer import NetworkLayer
+from networks.network_layer import NetworkLayer, dense_weight, plain_weight
 
 FACTORED_MODULES = ("locon", "loha", "kron", "glora")  # kron is LoKr
 ROTATIONS = ("diag-oft", "boft")
@@ -61,7 +60,7 @@ class LycorisLayer(NetworkLayer):
             change = change * (torch.rand((), device=x.device) >= self.module_dropout).to(change.dtype)
         return out + change.to(out.dtype)
 
-    def file_tensors(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def export_state(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         if not values:
             return self._own_tensors()
         with self._holding(values):
@@ -76,11 +75,11 @@ class LycorisLayer(NetworkLayer):
             return {"oft_blocks": self.inner.oft_blocks, "alpha": self.inner.alpha.float()}
         return self.inner.custom_state_dict()
 
-    def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def check_compatible(self, tensors: Mapping[str, Tensor]) -> str | None:
         return None
 
     @torch.no_grad()
-    def load_file_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def import_state(self, tensors: Mapping[str, Tensor]) -> None:
         inner = self.inner
         if inner.name == "full":
             tensors = {{"diff": "weight", "diff_b": "bias"}[suffix]: tensor for suffix, tensor in tensors.items()}
@@ -95,10 +94,10 @@ class LycorisLayer(NetworkLayer):
             inner.scale = float(inner.alpha) / inner.lora_dim
 
     @torch.no_grad()
-    def cap_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
+    def clip_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
         if self.inner.name in ROTATIONS:
             raise UserError(f"--scale_weight_norms can't cap {self.inner.name}, whose change is a rotation.")
-        norm = weight_change(self.file_tensors(), dense_weight(self.layer)).norm()
+        norm = weight_change(self.export_state(), dense_weight(self.layer)).norm()
         ratio = (max_norm / norm.clamp(min=max_norm / 2)).clamp(max=1.0)
         factors = [p for name, p in self.named_parameters() if name not in ("dora_scale", "scalar")]
         # the change is a product of all its factors; GLoRA's is a sum of two such pairs, a full difference is one by itself
@@ -125,7 +124,7 @@ class LycorisLayer(NetworkLayer):
         return F.linear(z * (scalar * (self.inner.scale * self.multiplier)), up)
 
     def _rebuilt(self, x: Tensor) -> Tensor:
-        tensors = self.file_tensors()
+        tensors = self.export_state()
         stored = plain_weight(self.layer)
         assert stored is not None
         # a copy, for block swap reuses the stored weight's memory before autograd is done with it

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.common.errors import UserError
-from networks.lora import LoRANetwork
 from networks.lora_sd3 import create_network
+from networks.network import Network
 from networks.weight_files import read_network_file
 from tests.networks.models import QKV, mmdit_inputs, relative_error, tiny_clip, tiny_mmdit, trained
 
@@ -27,7 +27,7 @@ VARIANTS = {
 }
 
 
-def made(variant: str = "plain", **changes) -> tuple[torch.nn.Module, LoRANetwork]:
+def made(variant: str = "plain", **changes) -> tuple[torch.nn.Module, Network]:
     mmdit = tiny_mmdit()
     network = create_network(1.0, 4, 2.0, None, [], mmdit, **{**VARIANTS[variant], **changes})
     return mmdit, trained(network).eval()
@@ -190,15 +190,15 @@ def test_multiplier_scales_the_change():
 
 
 @pytest.mark.parametrize("variant", ["plain", "dora", "pissa"])
-def test_base_model_inside_enabled_false_and_back(variant: str):
+def test_base_model_inside_disable_adapters_and_back(variant: str):
     mmdit, network = made(variant)
     base = mmdit(**mmdit_inputs())
     network.attach()
     with_lora = mmdit(**mmdit_inputs())
-    with network.enabled(False):
+    with network.disable_adapters():
         assert torch.equal(mmdit(**mmdit_inputs()), base)
-        with network.enabled(True):
-            assert torch.equal(mmdit(**mmdit_inputs()), with_lora)
+        with network.disable_adapters():
+            assert torch.equal(mmdit(**mmdit_inputs()), base)
         assert torch.equal(mmdit(**mmdit_inputs()), base)
     assert torch.equal(mmdit(**mmdit_inputs()), with_lora)
     network.detach()
@@ -252,7 +252,7 @@ def test_state_dict_resumes_exactly(variant: str):
 def test_norm_cap_equals_the_spec_on_the_full_matrices(variant: str):
     """n = ||scale Up Down|| clamped below by M / 2; both factors times sqrt(min(n, M) / n), in float64 on the file's tensors."""
     _, network = made(variant)
-    before = {name: {k: t.double() for k, t in layer.file_tensors().items()} for name, layer in network.layers.items()}
+    before = {name: {k: t.double() for k, t in layer.export_state().items()} for name, layer in network.layers.items()}
     exact = {}
     for name, tensors in before.items():
         down, up = tensors["lora_down.weight"].flatten(1), tensors["lora_up.weight"].flatten(1)
@@ -272,7 +272,7 @@ def test_norm_cap_equals_the_spec_on_the_full_matrices(variant: str):
     assert report.maximum_norm.item() == pytest.approx(max(norms), rel=1e-4)
     for name, down in wanted.items():
         torch.testing.assert_close(
-            network.layers[name].file_tensors()["lora_down.weight"].double(), down, rtol=1e-4, atol=1e-7
+            network.layers[name].export_state()["lora_down.weight"].double(), down, rtol=1e-4, atol=1e-7
         )
 
 
