@@ -19,8 +19,14 @@ from library.memory.apply import arrange
 from library.memory.block_swap import BlockSwapper, swap_limit
 from library.options.resolve import resolve_options
 from library.preflight.network import make_network
-from library.preflight.plan import learning_rates
-from library.preflight.settings import flow_settings, loss_settings, memory_settings, scheduler_settings
+from library.preflight.settings import (
+    flow_settings,
+    loss_settings,
+    memory_settings,
+    network_settings,
+    rate_settings,
+    scheduler_settings,
+)
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import HEAD_SIZE, MMDiTConfig
 from library.training.loop import LoopParts, LoopSettings, StepReport, TrainingLoop
@@ -164,9 +170,9 @@ def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device
     settings = memory_settings(args, min(int(args.blocks_to_swap or 0), swap_limit(config.depth)))
     swapper = arrange(model, settings, device)
     seed_everything(args.seed or 0)
-    network = make_network(args, [None] * 3, model).to(device, precision.trained_dtype).train()
+    network = make_network(network_settings(args), [None] * 3, model).to(device, precision.trained_dtype).train()
     network.attach()
-    groups = network.parameter_groups(learning_rates(args, False))
+    groups = network.parameter_groups(rate_settings(args).rates(train_t5xxl=False))
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = build_optimizer(args.optimizer_type, groups, args.learning_rate, args.optimizer_args)
     schedule = build_schedule(
@@ -226,7 +232,7 @@ def model_flops(config: MMDiTConfig, args: argparse.Namespace, shape: Shape) -> 
     """
     with torch.device("meta"):
         model = MMDiT(config).requires_grad_(False)
-    network = make_network(args, [None] * 3, model)
+    network = make_network(network_settings(args), [None] * 3, model)
     network.train().attach()
     context = torch.empty(shape.batch, shape.text_tokens, config.context_size, device="meta")
     pooled = torch.empty(shape.batch, config.pooled_size, device="meta")

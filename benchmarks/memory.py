@@ -40,6 +40,7 @@ from library.memory.estimator.step_memory import (
 )
 from library.preflight.memory import GAPS, GIB, OWN_SHARE
 from library.preflight.network import make_network
+from library.preflight.settings import network_settings
 from library.sd3.mmdit import MMDiT
 from library.training.precision import choose_precision
 
@@ -66,7 +67,7 @@ def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepReckone
     precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, torch.device("meta"))
     with torch.device("meta"):
         model = MMDiT(PRESETS[preset]).to(precision.dtype).requires_grad_(False)
-    network = make_network(args, [None] * 3, model).to("meta", precision.trained_dtype).train()
+    network = make_network(network_settings(args), [None] * 3, model).to("meta", precision.trained_dtype).train()
     network.attach()
     batch = StepShape(shape.batch, shape.height, shape.width, shape.text_tokens)
     blocks = tuple(weight_bytes(block) for block in model.joint_blocks)

@@ -25,6 +25,7 @@ from benchmarks.measuring import Row, add_face, compare, ours, tell, theirs
 from library.memory.apply import MemorySettings, arrange
 from library.memory.quantization import fp8_product_problems
 from library.preflight.network import make_network
+from library.preflight.settings import network_settings
 from library.sd3.checkpoint import locate_parts
 from library.sd3.mmdit import MMDiT
 from library.sd3.models import load_mmdit
@@ -101,7 +102,7 @@ def run(base: MMDiT, settings: MemorySettings, dtype: torch.dtype, shape: Shape,
 
 def attach_noise(model: MMDiT, device: torch.device) -> nn.Module:
     """A LoRA that is not zero: gradients of Down would be."""
-    network = make_network(training_options([]), [None] * 3, model)
+    network = make_network(network_settings(training_options([])), [None] * 3, model)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in network.parameters():

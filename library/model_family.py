@@ -10,32 +10,16 @@ from torch import Tensor, nn
 
 from library.common.seeds import StepGenerators
 from library.data.loader import Batch
-from library.data.settings import Size
 from library.distributed.fsdp import ShardedModel, ShardSettings
 from library.monitoring.previews import Previewer
+from library.preflight.inspector import ModelInspector
 from library.saving.metadata import FamilyFacts
-from networks.parameter_groups import LearningRates
 
 
 class ModelFamily(ABC):
     @abstractmethod
-    def encoder_names(self) -> list[str]:
-        """The text encoders, in the order of --text_encoder_lr."""
-
-    @abstractmethod
-    def locate_models(self) -> Any:
-        """Find the files of every part from headers; UserError lists what is wrong."""
-
-    @abstractmethod
-    def model_problems(self, files: Any, sizes: list[Size]) -> list[str]:
-        """What in the files would fail later: tensors missing or misshapen, images larger than the model can place."""
-
-    @abstractmethod
-    def network_problems(self, files: Any) -> list[str]:
-        """What is wrong with --network_module and its arguments."""
-
-    @abstractmethod
-    def train_t5xxl(self) -> bool: ...
+    def make_inspector(self) -> ModelInspector[Any]:
+        """What the plan of the run asks of the family before any weight is read."""
 
     @abstractmethod
     def make_text_stage(self) -> Any: ...
@@ -43,22 +27,6 @@ class ModelFamily(ABC):
     @abstractmethod
     def checkpoint_encoder(self, encoder: nn.Module) -> None:
         """Let a trained encoder keep less for the backward pass."""
-
-    @abstractmethod
-    def present_encoders(self, files: Any) -> list[str]:
-        """The names of the text encoders that the files hold, in order."""
-
-    @abstractmethod
-    def empty_models(self, files: Any, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]:
-        """Text encoders and denoiser on the meta device, without weights; None for each that is not trained."""
-
-    @abstractmethod
-    def bytes_of_text(self, files: Any) -> int:
-        """Bytes of the encoders' outputs for one caption."""
-
-    @abstractmethod
-    def bytes_of_saved_encoders(self, files: Any) -> int:
-        """Bytes of the text encoders that are to be saved beside the LoRA."""
 
     @abstractmethod
     def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
@@ -80,10 +48,6 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def normalise_latents(self, raw: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def plan_memory(self) -> str:
-        """Choose the memory options that are left to the trainer, and say which and why; "" where none are."""
 
     @abstractmethod
     def make_denoiser(self) -> nn.Module: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -19,19 +19,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from library.caching.fill import (
-    encoder_roles,
-    fill_latents,
-    fill_texts,
-    latent_cache_settings,
-    text_cache_settings,
-    texts_of_prompts,
-)
-from library.caching.latents import LATENT_CELL, LATENT_CHANNELS, LatentCache
+from library.caching.fill import encoder_roles, fill_latents, fill_texts, texts_of_prompts
+from library.caching.latents import LatentCache
 from library.caching.text import TextCache
-from library.common.errors import UserError
+from library.common.errors import collect_errors
 from library.common.progress import progress_bar
 from library.common.seeds import StepGenerators, seed_everything
+from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR
 from library.data.loader import Batch, Loader, LoaderSettings, preserves
 from library.distributed.fsdp import ShardedModel
 from library.distributed.gradients import GradientReducer, LossScaler
@@ -47,21 +41,36 @@ from library.distributed.zero import build_shared_optimizer, can_be_shared
 from library.flow.timesteps import validation_timesteps
 from library.memory.offload import send_home
 from library.model_family import ModelFamily
+from library.monitoring.dataset_sheets import draw_dataset
 from library.monitoring.run_events import RunEvents
+from library.monitoring.trackers import TrackingSettings, chosen_trackers, log_folder, tracking_problems
+from library.options.table import OPTIONS
+from library.preflight.memory import memory_budget, plan_memory, smallest_budget
 from library.preflight.network import make_network
 from library.preflight.plan import plan_run
+from library.preflight.run_length import initial_progress
 from library.preflight.settings import (
     base_weight_files,
     flow_settings,
     hub_settings,
+    latent_cache_settings,
+    length_settings,
     loss_settings,
     memory_advice,
+    network_settings,
+    path_or_none,
+    plan_settings,
+    planned_options,
+    planner_settings,
+    resume_settings,
     scheduler_settings,
-    tracking_settings,
+    state_options,
+    text_cache_settings,
 )
-from library.preflight.show import show_plan
 from library.saving.hub import HubUploader
-from library.saving.resume import state_to_resume, whole_state
+from library.saving.resume import resume_problems, state_to_resume, whole_state
+from library.saving.saver import told_if_unwritable
+from library.saving.state import SavedState
 from library.training.ema import WeightEma
 from library.training.loop import LoopParts, LoopSettings, TrainingLoop
 from library.training.optimizers import build_optimizer
@@ -69,6 +78,7 @@ from library.training.out_of_memory import told_clearly
 from library.training.precision import choose_precision
 from library.training.schedulers import build_schedule
 from library.training.step import DenoisingStep, StepInput, StepResult
+from library.training.train_progress import TrainProgress
 from networks.base_weights import BaseWeights
 
 logger = logging.getLogger(__name__)
@@ -104,23 +114,52 @@ class NetworkTrainer(ModelFamily):
     def prepare(self) -> None:
         """Find the devices and work out the run. Headers alone are read, and every mistake of the user is told."""
         self.start_processes()
-        self.hub = self.told_later(self.start_uploads)
+        self.hub = collect_errors(self.problems, self.start_uploads)
         with self.accelerator.local_main_process_first():  # one process of each machine downloads
-            self.state = self.told_later(lambda: state_to_resume(self.args))
+            self.state = collect_errors(self.problems, lambda: state_to_resume(resume_settings(self.args)))
         self.problems += unlike_starts(
             self.gather([None if self.state is None else self.state.position]), self.args.resume
         )
-        processes = self.accelerator.num_processes
-        self.plan = plan_run(self.args, self, self.problems, processes, lambda seed: self.gather([seed])[0], self.state)
+        self.problems += tracking_problems(self.tracking)
+        self.inspector = self.make_inspector()
+        self.plan = plan_run(
+            plan_settings(self.args),
+            self.inspector,
+            self.problems,
+            self.accelerator.num_processes,
+            lambda seed: self.gather([seed])[0],
+            self.state,
+        )
         self.memory = self.plan_memory()
 
-    def told_later(self, do: Callable[[], T]) -> T | None:
-        """What `do` returns; None where it finds a mistake of the user, which is told with all others."""
-        try:
-            return do()
-        except UserError as error:
-            self.problems += error.problems
-            return None
+    def plan_memory(self) -> str:
+        """Choose the memory options that are left to the trainer, and report which and why; "" where none are."""
+        settings, processes = planner_settings(self.args), self.accelerator.num_processes
+        if not settings.is_active:
+            return ""
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        budget = smallest_budget(self.gather([memory_budget(settings.vram, self.device, local_processes)]))
+        chosen = plan_memory(settings, self.plan, self.inspector, self.device, self.precision, processes, budget)
+        self.args = planned_options(self.args, chosen)
+        if not self.args.dry_run and self.accelerator.is_main_process:
+            logger.info("%s", chosen.text())
+        return chosen.text()
+
+    # --- for the events of the run ------------------------------------------------------------------------------------
+
+    def state_options(self) -> dict[str, object]:
+        """What a state records, and a resumed run must have alike."""
+        return state_options(self.args, self.plan)
+
+    def resume_problems(self, state: SavedState) -> list[str]:
+        """Why the run cannot resume from the state, with the memory options in force."""
+        length = length_settings(self.args)
+        last = None if length.sets_start else self.plan.length.max_steps
+        return resume_problems(state, self.state_options(), last, is_whole=not self.args.resume_from_huggingface)
+
+    def initial_progress(self) -> TrainProgress | None:
+        """Where --initial_step or --initial_epoch put the first step."""
+        return initial_progress(length_settings(self.args), self.plan.length)
 
     # --- the steps -------------------------------------------------------------------------------------------------
 
@@ -161,7 +200,7 @@ class NetworkTrainer(ModelFamily):
         """The whole of a state on the Hub, of which preparing has read the position alone."""
         if self.state is not None and self.args.resume_from_huggingface:
             with self.accelerator.local_main_process_first():
-                self.state = whole_state(self.args)
+                self.state = whole_state(resume_settings(self.args))
 
     def start_uploads(self) -> HubUploader | None:
         """Reach the Hub repository now, if files are to be uploaded to one."""
@@ -171,10 +210,19 @@ class NetworkTrainer(ModelFamily):
         return HubUploader(settings)
 
     def show_plan(self) -> None:
-        """What would be trained, without training: `--dry_run` and `--debug_dataset`, which draws sheets of the images too."""
-        if self.accelerator.is_main_process:
-            settings = replace(self.loader_settings(), workers=0, pin_memory=False)
-            show_plan(self.args, self.plan, self.memory, settings)
+        """Print what would be trained, for `--dry_run` and `--debug_dataset`, which draws sheets of the images too."""
+        if not self.accelerator.is_main_process:
+            return
+        args, plan = self.args, self.plan
+        print(plan.text(args.gradient_accumulation_steps))
+        if self.memory:
+            print(f"\n{self.memory}")
+        if not args.debug_dataset:
+            return
+        settings = replace(self.loader_settings(), workers=0, pin_memory=False)
+        folder, name = Path(args.output_dir) / "dataset", args.output_name or "last"
+        with told_if_unwritable(folder):
+            draw_dataset(plan.training, plan.validation, settings, folder, name)
 
     def cache_texts(self) -> None:
         """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
@@ -182,7 +230,7 @@ class NetworkTrainer(ModelFamily):
         self.texts, self.validation_texts = None, None
         self.base_weights = BaseWeights(base_weight_files(args))
         self.text_stage = self.make_text_stage()
-        trains = dict(zip(self.encoder_names(), plan.rates.trained_text_encoders))
+        trains = dict(zip(self.inspector.encoder_names(), plan.rates.trained_text_encoders))
         roles = encoder_roles(self.text_stage.present, trains, args.cache_text_encoder_outputs)
         self.trained_encoders, self.live_encoders = roles.trained, roles.live
         prompts = texts_of_prompts(plan.prompts)
@@ -195,7 +243,8 @@ class NetworkTrainer(ModelFamily):
 
         if roles.ahead:
             fingerprint = self.text_stage.fingerprint(roles.ahead)
-            settings = text_cache_settings(args, fingerprint, plan.seed, self.bytes_of_text(plan.files))
+            caption_bytes = self.inspector.caption_bytes(plan.files)
+            settings = text_cache_settings(args, fingerprint, plan.seed, caption_bytes)
             training = TextCache(plan.index.training, settings, prompts)
             validation = TextCache(plan.index.validation, replace(settings, variants=None))
             self.texts = fill_texts(training, encode, self.accelerator)
@@ -237,10 +286,11 @@ class NetworkTrainer(ModelFamily):
         """The LoRA, attached to the frozen models."""
         args, rates = self.args, self.plan.rates
         encoders = [
-            self.text_stage.model(name) if name in self.trained_encoders else None for name in self.encoder_names()
+            self.text_stage.model(name) if name in self.trained_encoders else None
+            for name in self.inspector.encoder_names()
         ]
         seed_everything(self.plan.seed)
-        network = make_network(args, encoders, self.denoiser if rates.unet > 0 else None)
+        network = make_network(network_settings(args), encoders, self.denoiser if rates.unet > 0 else None)
         self.network = network.to(self.device, self.precision.trained_dtype).train()
         self.network.attach()
         if args.gradient_checkpointing:
@@ -386,7 +436,7 @@ class NetworkTrainer(ModelFamily):
         raw = batch.latents
         if raw is None:
             assert batch.images is not None
-            height, width = batch.images.shape[-2] // LATENT_CELL, batch.images.shape[-1] // LATENT_CELL
+            height, width = batch.images.shape[-2] // VAE_SCALE_FACTOR, batch.images.shape[-1] // VAE_SCALE_FACTOR
             shape = (batch.images.shape[0], LATENT_CHANNELS, height, width)
             raw = self.encode_images(batch.images, torch.randn(shape, generator=draws.device, device=self.device))
         return self.normalise_latents(raw)
@@ -404,3 +454,17 @@ class NetworkTrainer(ModelFamily):
 
     def _clip_norms(self) -> Any:
         return self.network.scale_weight_norms(self.args.scale_weight_norms)
+
+
+def tracking_settings(args: argparse.Namespace) -> TrackingSettings:
+    """Which trackers log what, and where."""
+    secrets = [getattr(args, option.dest, None) for option in OPTIONS if option.secret]
+    return TrackingSettings(
+        chosen_trackers(args.log_with, args.logging_dir),
+        log_folder(args.logging_dir, args.log_prefix),
+        args.log_tracker_name or "network_train",
+        args.wandb_run_name,
+        path_or_none(args.log_tracker_config),
+        args.wandb_api_key,
+        tuple(secret for secret in secrets if secret),
+    )

@@ -6,10 +6,8 @@ It stands beside the entry script, not in it, so that `--help` and option errors
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -26,16 +24,15 @@ from library.distributed.fsdp import ShardedModel, ShardSettings
 from library.flow.samplers import SAMPLERS
 from library.memory.apply import arrange
 from library.memory.block_swap import swap_limit
-from library.memory.compile_backend import backend_problems
 from library.memory.offload import visiting
-from library.memory.quantization import fp8_product_problems, quantise
+from library.memory.quantization import quantise
 from library.monitoring.previews import Previewer, PreviewSettings
 from library.network_trainer import NetworkTrainer
-from library.preflight.memory import apply_plan, plan_memory, room, wants_plan
-from library.preflight.settings import memory_settings
+from library.preflight.sd3_inspector import Sd3Inspector
+from library.preflight.settings import memory_settings, network_settings, sd3_settings
 from library.saving.metadata import FamilyFacts
 from library.saving.text_encoders import encoders_to_save, write_encoders
-from library.sd3.checkpoint import ModelFiles, fingerprint, locate_parts
+from library.sd3.checkpoint import fingerprint
 from library.sd3.conditioning import (
     ContextSizes,
     DropoutRates,
@@ -45,21 +42,16 @@ from library.sd3.conditioning import (
     missing_encoder_notes,
     to_context,
 )
-from library.sd3.encoder_outline import encoder_outline
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
-from library.sd3.models import empty_mmdit, load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
+from library.sd3.models import load_mmdit, load_vae, shapes_of
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
-from library.sd3.text_encoder_sizes import check_text_encoder, sizes_of
-from library.sd3.text_encoders import checkpoint_layers, empty_encoder
+from library.sd3.text_encoder_sizes import sizes_of
+from library.sd3.text_encoders import checkpoint_layers
 from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
-from library.sd3.tokenizers import load_tokenizers, tokenizer_problems, vocabulary_problems
+from library.sd3.tokenizers import load_tokenizers, vocabulary_problems
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
-from networks import lora_sd3
-from networks.lora_file import check_lora_file
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block
-from networks.network_modules import network_module
-from networks.parameter_groups import LearningRates
 from networks.weight_files import group_by_layer
 
 logger = logging.getLogger(__name__)
@@ -89,70 +81,9 @@ OPTIONS_IN_METADATA = (
 
 
 class Sd3NetworkTrainer(NetworkTrainer):
-    def encoder_names(self) -> list[str]:
-        return list(ENCODERS)
-
-    def train_t5xxl(self) -> bool:
-        module = self.args.network_module
-        return bool(module) and network_module(module).trains_t5xxl(self.args.network_args)
-
-    # --- files -----------------------------------------------------------------------------------------------------
-
-    def locate_models(self) -> ModelFiles:
-        args = self.args
-        return locate_parts(args.pretrained_model_name_or_path, args.clip_l, args.clip_g, args.t5xxl, args.vae)
-
-    def model_problems(self, files: ModelFiles, sizes: list[Size]) -> list[str]:
-        problems = [*mmdit_problems(files.mmdit), *self._device_problems()]
-        if files.vae is None:
-            problems.append(f"{files.mmdit.path} holds no VAE. Give one with --vae.")
-        else:
-            problems += vae_problems(files.vae)
-        for part in files.encoders().values():
-            if part is not None:
-                problems += check_text_encoder(part)
-        problems += tokenizer_problems(self.args.tokenizer_cache_dir, files.mmdit.path, self.present_encoders(files))
-        if problems:
-            return problems
-        table = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).pos_embed_max_size * LATENT_AND_PATCH
-        too_large = [f"{w}x{h}" for w, h in sizes if max(w, h) > table]
-        if too_large and not self.args.enable_scaled_pos_embed:
-            problems.append(
-                f"Buckets or previews of {', '.join(too_large)} are larger than the model's position table, {table} pixels a side. "
-                "Lower --resolution or --max_bucket_reso, or the size in --sample_prompts."
-            )
-        return problems
-
-    def _device_problems(self) -> list[str]:
-        """What --t5xxl_device, --torch_compile and --fp8_matmul ask for and this machine or build lacks."""
-        args = self.args
-        problems = backend_problems(args.dynamo_backend) if args.torch_compile else []
-        problems += fp8_product_problems(self.device) if args.fp8_matmul else []
-        try:
-            place = torch.device(args.t5xxl_device or "cpu")
-            torch.empty(1, device=place).tolist()
-        except (RuntimeError, ValueError, AssertionError, NotImplementedError):  # each backend of torch has its own
-            problems.append(f"--t5xxl_device {args.t5xxl_device}: there is no such device here. cpu always works.")
-        else:
-            elsewhere = place.type != self.device.type or place.index not in (None, self.device.index)
-            if args.t5xxl_device and elsewhere and self.train_t5xxl() and not args.network_train_unet_only:
-                problems.append(
-                    f"--t5xxl_device {args.t5xxl_device} can't be combined with train_t5xxl in --network_args: a trained "
-                    "T5 must be on the training device. Leave one out."
-                )
-        return problems
-
-    def network_problems(self, files: ModelFiles) -> list[str]:
-        args = self.args
-        problems = []
-        for path in [args.network_weights, *(args.base_weights or [])]:
-            if path:
-                problems += check_lora_file(path)
-        if args.network_module:
-            depth = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).depth
-            module = network_module(args.network_module)
-            problems += module.check_network_args(args.network_args or [], depth, args.scale_weight_norms)
-        return problems
+    def make_inspector(self) -> Sd3Inspector:
+        network = network_settings(self.args)
+        return Sd3Inspector(sd3_settings(self.args), network, self.precision.dtype, self.device)
 
     def metadata_facts(self) -> FamilyFacts:
         args, files = self.args, self.plan.files
@@ -167,7 +98,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         args, files = self.args, self.plan.files
         for note in missing_encoder_notes(files):
             logger.warning(note)
-        present = self.present_encoders(files)
+        present = self.inspector.present_encoders(files)
         t5_dtype, t5_format = parse_t5_dtype(args.t5xxl_dtype, self.precision.dtype)
         if args.fp8_base and not args.fp8_base_unet and t5_format is None:
             t5_format = "fp8"
@@ -209,21 +140,6 @@ class Sd3NetworkTrainer(NetworkTrainer):
     def checkpoint_encoder(self, encoder: nn.Module) -> None:
         checkpoint_layers(encoder)
 
-    def present_encoders(self, files: ModelFiles) -> list[str]:
-        return [name for name, part in files.encoders().items() if part is not None]
-
-    def empty_models(self, files: ModelFiles, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]:
-        parts = zip(files.encoders().values(), rates.trained_text_encoders)
-        # LyCORIS chooses layers by the classes of transformers, which take seconds to load
-        make = encoder_outline if network_module(self.args.network_module) is lora_sd3 else empty_encoder
-        encoders = [make(part) if part is not None and trained else None for part, trained in parts]
-        return encoders, empty_mmdit(files.mmdit) if rates.unet > 0 else None
-
-    def bytes_of_text(self, files: ModelFiles) -> int:
-        sizes = ContextSizes.from_files(files, self.args.t5xxl_max_token_length)
-        numbers = sizes.clip_tokens * sizes.pooled + sizes.t5_tokens * sizes.context + sizes.pooled
-        return numbers * self.precision.dtype.itemsize
-
     def encoding_of(self, captions: Sequence[str], cached: dict[str, Tensor] | None) -> TextEncoding:
         """What the encoders say: from the cache, and live from those that are not cached."""
         encoding = TextEncoding.from_dict(cached) if cached else TextEncoding()
@@ -237,11 +153,6 @@ class Sd3NetworkTrainer(NetworkTrainer):
             encoding = apply_dropout(encoding, self.dropout, draws.cpu)
         context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
         return context, pooled, self.position_embedding(batch.size, training)
-
-    def bytes_of_saved_encoders(self, files: ModelFiles) -> int:
-        parts = [files.encoders()[name] for name in encoders_to_save(self.args.save_clip, self.args.save_t5xxl)]
-        spans = [info.offsets for part in parts if part is not None for info in part.tensors.values()]
-        return sum(end - start for start, end in spans)
 
     def save_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
         names = encoders_to_save(self.args.save_clip, self.args.save_t5xxl)
@@ -270,19 +181,6 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return normalise(raw)
 
     # --- the denoiser ----------------------------------------------------------------------------------------------
-
-    def plan_memory(self) -> str:
-        args = self.args
-        if not wants_plan(args):
-            return ""
-        free = room(args, self.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        everyone = self.gather([free])  # all processes are to choose the same
-        free = replace(free, device=min(each.device for each in everyone), host=min(each.host for each in everyone))
-        chosen = plan_memory(args, self.plan, self.device, self.precision, self.accelerator.num_processes, free)
-        apply_plan(args, chosen)
-        if not args.dry_run and self.accelerator.is_main_process:
-            logger.info("%s", chosen.text())
-        return chosen.text()
 
     def make_denoiser(self) -> MMDiT:
         args = self.args

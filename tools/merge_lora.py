@@ -158,7 +158,7 @@ def _fitting(
                 logger.warning("%s: they are left out.", message)
             else:
                 problems.add(f"{message}. Give a checkpoint with its text encoders, or --skip_missing.")
-    del problems.found[20:]
+    del problems.problems[20:]
     problems.raise_if_any()
     return changes
 

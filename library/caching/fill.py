@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from library.caching.latents import EncodeImages, LatentCache, LatentCacheSettings, Wrap
-from library.caching.text import EncodeCaptions, TextCache, TextCacheSettings
+from library.caching.latents import EncodeImages, LatentCache, Wrap
+from library.caching.text import EncodeCaptions, TextCache
 from library.common.errors import UserError
 from library.data.prompts import PreviewPrompt
-from library.preflight.settings import path_or_none
 
 TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
 
@@ -47,28 +45,6 @@ def encoder_roles(present: Sequence[str], trains: Mapping[str, bool], cached: bo
     trained = [name for name in present if trains[name]]
     live = trained if cached else list(present)
     return EncoderRoles(trained, live, [name for name in present if name not in live])
-
-
-def text_cache_settings(args: argparse.Namespace, fingerprint: str, seed: int, bytes_each: int) -> TextCacheSettings:
-    return TextCacheSettings(
-        fingerprint=fingerprint,
-        variants=args.text_cache_variants,
-        seed=seed,
-        on_disk=args.cache_text_encoder_outputs_to_disk,
-        cache_dir=path_or_none(args.cache_dir),
-        trust=args.skip_cache_check,
-        bytes_each=bytes_each,
-    )
-
-
-def latent_cache_settings(args: argparse.Namespace, fingerprint: str) -> LatentCacheSettings:
-    return LatentCacheSettings(
-        fingerprint=fingerprint,
-        on_disk=args.cache_latents_to_disk,
-        cache_dir=path_or_none(args.cache_dir),
-        trust=args.skip_cache_check,
-        skip_bad_images=args.skip_bad_images,
-    )
 
 
 def texts_of_prompts(prompts: Sequence[PreviewPrompt]) -> list[str]:

@@ -34,8 +34,7 @@ from library.caching.files import (
 from library.common.errors import UserError
 from library.data.augment import frozen_chance
 from library.data.buckets import cover
-from library.data.images import Pixels, read_pixels, to_tensor
-from library.data.masks import LATENT_CELL, shrink_mask
+from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR, Pixels, read_pixels, shrink_mask, to_tensor
 from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import SubsetSettings
 
@@ -45,7 +44,6 @@ EncodeImages = Callable[[Tensor, Tensor], Tensor]
 """images [B, 3, H, W] float32 in -1..1, noise [B, 16, H / 8, W / 8] -> raw latents: the posterior's mean plus noise times its deviation."""
 Wrap = Callable[[Sequence[Any], str], Any]
 """(batches, title) -> the batches behind a progress bar."""
-LATENT_CHANNELS = 16
 WRITERS = 4  # threads
 
 
@@ -99,6 +97,11 @@ class LatentCache:
         self.damaged: set[Key] = set()  # without latents: they cannot be decoded, and that is to be passed over
         self.frozen = frozen_chance(datasets)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether `get` reads files."""
+        return self.settings.on_disk
+
     def is_damaged(self, dataset: int, number: int) -> bool:
         """Whether `get` has nothing for an image, since it cannot be decoded and skip_bad_images is on."""
         return self.same.get((dataset, number), (dataset, number)) in self.damaged
@@ -134,7 +137,7 @@ class LatentCache:
         if not self.settings.on_disk:
             return {}
         for entry in missing:
-            cells = entry.record.bucket[0] * entry.record.bucket[1] // LATENT_CELL**2
+            cells = entry.record.bucket[0] * entry.record.bucket[1] // VAE_SCALE_FACTOR**2
             size = 4 * cells * (LATENT_CHANNELS * (1 + entry.flipped) + 1)
             folder = cache_folder(entry.record.path, self.settings.cache_dir)
             needed[folder] = needed.get(folder, 0) + size
@@ -253,7 +256,7 @@ def posterior_noise(record: ImageRecord, kind: str = "") -> Tensor:
     facts = f"{Path(record.path).name} {record.file_size} {record.bucket} {kind}"
     seed = int.from_bytes(hashlib.blake2b(facts.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
     width, height = record.bucket
-    shape = (LATENT_CHANNELS, height // LATENT_CELL, width // LATENT_CELL)
+    shape = (LATENT_CHANNELS, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

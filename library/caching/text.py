@@ -67,6 +67,11 @@ class TextCache:
         self.further = list(dict.fromkeys([*([""] if drops else []), *further]))
         self.memory: dict[str, dict[str, Tensor]] = {}
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether `get` reads files."""
+        return self.settings.on_disk
+
     def of_text(self, text: str) -> dict[str, Tensor]:
         """The outputs of one of the further texts."""
         return self.memory[text]

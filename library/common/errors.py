@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -26,14 +29,23 @@ class Problems:
     """Collects problems so that the user hears of all of them at once."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.problems: list[str] = []
 
     def add(self, problem: str) -> None:
-        self.found.append(problem)
+        self.problems.append(problem)
 
     def collect(self, error: UserError) -> None:
-        self.found.extend(error.problems)
+        self.problems.extend(error.problems)
 
     def raise_if_any(self) -> None:
-        if self.found:
-            raise UserError(self.found)
+        if self.problems:
+            raise UserError(self.problems)
+
+
+def collect_errors(problems: list[str], call: Callable[[], T]) -> T | None:
+    """Return what `call` returns; where it raises UserError, append its problems to `problems` and return None."""
+    try:
+        return call()
+    except UserError as error:
+        problems += error.problems
+        return None

@@ -82,7 +82,7 @@ class _Reader:
             general_table = None
         general = self._checked(schema.GeneralTable, general_table or {}, ("general",))
         datasets = self._tables(tables.get("datasets"), (), "datasets", "[[datasets]]")
-        if not datasets and not self.problems.found:
+        if not datasets and not self.problems.problems:
             self._add((), "there is no dataset; write a [[datasets]] table with a [[datasets.subsets]] table below it")
         made = [self._dataset(number, table, general) for number, table in enumerate(datasets)]
         return [dataset for dataset in made if dataset is not None]

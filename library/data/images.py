@@ -1,4 +1,4 @@
-"""From an image file to the pixels that are fed: opened, turned upright, scaled to cover its bucket, cropped."""
+"""From an image file to the pixels that are fed and the mask of their loss: opened, turned upright, scaled to cover its bucket, cropped."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from library.common.errors import UserError
 from library.data.augment import change_colors
 from library.data.buckets import cover
-from library.data.masks import mask_of
 from library.data.records import ImageRecord
 from library.data.settings import Size, SubsetSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
 
+VAE_SCALE_FACTOR = 8  # pixels of an image's side to one of its latents'
+LATENT_CHANNELS = 16
 FACE_IN_NAME = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")  # centre x, centre y, width, height, in pixels of the file
 
 
@@ -87,6 +89,21 @@ def open_image(path: str) -> Image:
             )
     except Exception as error:  # a damaged file may raise anything in a decoder
         raise UserError(f"{path}: this image cannot be decoded ({error}). Mend or remove it.") from error
+
+
+def mask_of(image: Image, mask_file: Image | None, alpha_mask: bool) -> Image | None:
+    """The loss mask in mode L, of the image's size: the red channel of its mask file, else with `alpha_mask` its alpha channel.
+
+    An image without an alpha channel counts fully. None: there is no mask.
+    """
+    from PIL import Image
+
+    if mask_file is not None:
+        mask = mask_file.convert("RGB").getchannel(0)
+        return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BOX)
+    if not alpha_mask:
+        return None
+    return image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
 
 
 def resampling(size: Size, target: Size, name: str | None) -> Resampling:
@@ -157,3 +174,9 @@ def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
     """[H, W, 3] uint8 each -> [B, 3, H, W] float32 in -1..1."""
     stacked = torch.from_numpy(np.stack(images))
     return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def shrink_mask(mask: np.ndarray) -> Tensor:
+    """[H, W] uint8 -> [1, H/8, W/8] float32 in 0..1, each cell the mean of its area."""
+    wide = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
+    return F.interpolate(wide, (mask.shape[0] // VAE_SCALE_FACTOR, mask.shape[1] // VAE_SCALE_FACTOR), mode="area")[0]

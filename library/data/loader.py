@@ -6,24 +6,41 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from library.caching.latents import LATENT_CHANNELS, LatentCache
-from library.caching.text import TextCache
 from library.common.errors import UserError
 from library.data.batches import BatchPlan, BatchSpec
 from library.data.captions import CaptionPipeline
-from library.data.images import read_pixels, to_tensor
-from library.data.masks import LATENT_CELL, shrink_mask
+from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR, read_pixels, shrink_mask, to_tensor
 from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import Size, SubsetSettings
 
 logger = logging.getLogger(__name__)
+
+
+class LatentSource(Protocol):
+    """Latents made before training, by the number of the dataset and of the record in it."""
+
+    @property
+    def on_disk(self) -> bool: ...
+
+    def is_damaged(self, dataset: int, number: int) -> bool: ...
+
+    def get(self, dataset: int, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]: ...
+
+
+class TextSource(Protocol):
+    """Text encoder outputs made before training, by the number of the dataset and of the record in it."""
+
+    @property
+    def on_disk(self) -> bool: ...
+
+    def get(self, dataset: int, number: int, variant: int, dropped: bool) -> tuple[str, dict[str, Tensor]]: ...
 
 
 @dataclass
@@ -80,8 +97,8 @@ class BatchReader(Dataset["Batch | UserError"]):
         self,
         datasets: Sequence[IndexedDataset],
         settings: LoaderSettings,
-        latents: LatentCache | None,
-        texts: TextCache | None,
+        latents: LatentSource | None,
+        texts: TextSource | None,
     ):
         self.datasets, self.settings = datasets, settings
         self.latents, self.texts = latents, texts
@@ -167,7 +184,7 @@ def _no_pixels(record: ImageRecord) -> np.ndarray:
 
 
 def _no_latents(record: ImageRecord) -> Tensor:
-    return torch.zeros(LATENT_CHANNELS, record.bucket[1] // LATENT_CELL, record.bucket[0] // LATENT_CELL)
+    return torch.zeros(LATENT_CHANNELS, record.bucket[1] // VAE_SCALE_FACTOR, record.bucket[0] // VAE_SCALE_FACTOR)
 
 
 class PlaceSampler(Sampler[Place]):
@@ -193,12 +210,12 @@ class Loader:
         self,
         plan: BatchPlan,
         settings: LoaderSettings,
-        latents: LatentCache | None = None,
-        texts: TextCache | None = None,
+        latents: LatentSource | None = None,
+        texts: TextSource | None = None,
     ):
         """Where all is in memory there is nothing to wait for, and no workers are started."""
-        reads_latents = latents is None or latents.settings.on_disk
-        reads_texts = texts is not None and texts.settings.on_disk
+        reads_latents = latents is None or latents.on_disk
+        reads_texts = texts is not None and texts.on_disk
         workers = settings.workers if reads_latents or reads_texts else 0
         self.sampler = PlaceSampler(plan, settings.rank)
         self.loader: DataLoader[Batch | UserError] = DataLoader(

@@ -12,14 +12,11 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from library.common.errors import Problems, UserError
-from library.flow.samplers import SAMPLERS
-from library.options.groups.sampling import SAMPLERS as KNOWN_SAMPLERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +27,8 @@ logger = logging.getLogger(__name__)
 SIDE_MULTIPLE = 16
 SMALLEST_SIDE = 64
 LARGEST_SIDE = 8192
+Fields = dict[str, object]
+"""Values of PreviewPrompt by field."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class PreviewPrompt:
     guidance: float = 7.5
     seed: int | None = None
     shift: float = 3.0
-    sampler: str | None = None  # a value of SAMPLERS; None: --sample_sampler
+    sampler: str | None = None  # None: --sample_sampler
 
 
-# option of a line -> long names in dictionaries, field, type
+# option of a line -> long names in tables, field, type
 _KEYS: dict[str, tuple[tuple[str, ...], str, type]] = {
     "w": (("width",), "width", int),
     "h": (("height",), "height", int),
@@ -66,8 +65,14 @@ _NOT_FOR_SD3 = {
 _LONG = {name: short for short, (names, _, _) in _KEYS.items() for name in names}
 
 
-def read_prompts(path: str | Path) -> list[PreviewPrompt]:
-    """The prompts of a file. UserError names file and line (or entry) of everything that is wrong."""
+def read_prompts(
+    path: str | Path, samplers: Mapping[str, str], other_samplers: Collection[str] = ()
+) -> list[PreviewPrompt]:
+    """Read the prompts of a file.
+
+    samplers: from the names that a prompt may use to PreviewPrompt.sampler. other_samplers: names that are ignored with a
+    warning. UserError lists everything that is wrong, with the file's line or entry.
+    """
     path = Path(path)
     if path.suffix.lower() not in (".txt", ".toml", ".json"):
         raise UserError(f"--sample_prompts {path}: the file must end in .txt, .toml or .json.")
@@ -75,157 +80,157 @@ def read_prompts(path: str | Path) -> list[PreviewPrompt]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sample_prompts {path}: the file cannot be read ({error}).") from error
-    problems, unsupported = Problems(), dict[str, str]()
-    reader = {".txt": _from_lines, ".toml": _from_toml, ".json": _from_json}[path.suffix.lower()]
+    parser = _PromptParser(str(path), samplers, other_samplers)
+    read = {".txt": parser.from_lines, ".toml": parser.from_toml, ".json": parser.from_json}[path.suffix.lower()]
     try:
-        prompts = reader(text, str(path), problems, unsupported)
+        prompts = read(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--sample_prompts {path}: {error}.") from error
-    problems.raise_if_any()
+    parser.problems.raise_if_any()
     if not prompts:
         raise UserError(f"--sample_prompts {path}: there is no prompt in it.")
-    for option, what in unsupported.items():
+    for option, what in parser.unsupported.items():
         logger.warning("%s: %s (%s) has no meaning for SD3 and is left out.", path, option, what)
     return prompts
 
 
-def _from_lines(text: str, where: str, problems: Problems, unsupported: dict[str, str]) -> list[PreviewPrompt]:
-    prompts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip()
-        if line and not line.startswith("#"):
-            prompts.append(_from_line(line, f"{where}, line {number}", problems, unsupported))
-    return [prompt for prompt in prompts if prompt is not None]
+class _PromptParser:
+    """Parses one file and collects what is wrong with it. `where` in its methods names a line or an entry."""
 
+    def __init__(self, file: str, samplers: Mapping[str, str], other_samplers: Collection[str]):
+        self.file, self.samplers, self.other_samplers = file, samplers, other_samplers
+        self.problems = Problems()
+        self.unsupported: dict[str, str] = {}  # option as written -> what it is
 
-def _from_line(line: str, place: str, problems: Problems, unsupported: dict[str, str]) -> PreviewPrompt | None:
-    prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z]+(?:\s|$))", line)
-    given: dict[str, Any] = {"prompt": prompt.strip()}
-    for option in options:
-        key, _, value = str(option).strip().partition(" ")
-        _take(given, key.lower(), value.strip(), f"--{key}", place, problems, unsupported)
-    return _made(given, place, problems, unsupported)
+    def from_lines(self, text: str) -> list[PreviewPrompt]:
+        prompts = []
+        for number, line in enumerate(text.split("\n"), 1):
+            line = line.strip()
+            if line and not line.startswith("#"):
+                prompts.append(self._from_line(line, f"{self.file}, line {number}"))
+        return [prompt for prompt in prompts if prompt is not None]
 
+    def from_toml(self, text: str) -> list[PreviewPrompt]:
+        table = tomllib.loads(text).get("prompt")
+        defaults = table if isinstance(table, dict) else {"subset": None}
+        subsets = defaults.pop("subset", [{}])
+        if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+            raise UserError(
+                f"--sample_prompts {self.file}: it needs a table [prompt] with [[prompt.subset]] tables in it."
+            )
+        return self._from_entries([{**defaults, **subset} for subset in subsets])
 
-def _from_toml(text: str, where: str, problems: Problems, unsupported: dict[str, str]) -> list[PreviewPrompt]:
-    table = tomllib.loads(text).get("prompt")
-    defaults = table if isinstance(table, dict) else {"subset": None}
-    subsets = defaults.pop("subset", [{}])
-    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise UserError(f"--sample_prompts {where}: it needs a table [prompt] with [[prompt.subset]] tables in it.")
-    return _from_entries([{**defaults, **subset} for subset in subsets], where, problems, unsupported)
+    def from_json(self, text: str) -> list[PreviewPrompt]:
+        data = json.loads(text)
+        if not isinstance(data, list):
+            raise UserError(f"--sample_prompts {self.file}: it must hold a list of prompts.")
+        return self._from_entries(data)
 
+    def _from_entries(self, entries: list[object]) -> list[PreviewPrompt]:
+        """Each entry is a line as in a .txt file, or a table."""
+        prompts = []
+        for number, entry in enumerate(entries, 1):
+            where = f"{self.file}, prompt {number}"
+            if isinstance(entry, str):
+                prompts.append(self._from_line(" ".join(entry.split()), where))
+            elif isinstance(entry, dict):
+                prompts.append(self._from_table(entry, where))
+            else:
+                self.problems.add(f"{where}: it must be a text or a table.")
+        return [prompt for prompt in prompts if prompt is not None]
 
-def _from_json(text: str, where: str, problems: Problems, unsupported: dict[str, str]) -> list[PreviewPrompt]:
-    data = json.loads(text)
-    if not isinstance(data, list):
-        raise UserError(f"--sample_prompts {where}: it must hold a list of prompts.")
-    return _from_entries(data, where, problems, unsupported)
+    def _from_line(self, line: str, where: str) -> PreviewPrompt | None:
+        prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z]+(?:\s|$))", line)
+        fields: Fields = {"prompt": prompt.strip()}
+        for option in options:
+            key, _, value = str(option).strip().partition(" ")
+            self._parse(fields, key.lower(), value.strip(), f"--{key}", where)
+        return self._prompt(fields, where)
 
+    def _from_table(self, table: Mapping[object, object], where: str) -> PreviewPrompt | None:
+        fields: Fields = {}
+        for name, value in table.items():
+            if name != "prompt":
+                self._parse(fields, _LONG.get(str(name), str(name)), value, str(name), where)
+            elif isinstance(value, str):
+                fields["prompt"] = value
+            else:
+                self.problems.add(f"{where}: prompt must be a text, not {value!r}.")
+                return None
+        return self._prompt(fields, where)
 
-def _from_entries(
-    entries: list[Any], where: str, problems: Problems, unsupported: dict[str, str]
-) -> list[PreviewPrompt]:
-    """Each entry is a line as in a .txt file, or a dictionary."""
-    prompts = []
-    for number, entry in enumerate(entries, 1):
-        place = f"{where}, prompt {number}"
-        if isinstance(entry, str):
-            prompts.append(_from_line(" ".join(entry.split()), place, problems, unsupported))
-        elif isinstance(entry, dict):
-            prompts.append(_from_dictionary(entry, place, problems, unsupported))
-        else:
-            problems.add(f"{place}: it must be a text or a table.")
-    return [prompt for prompt in prompts if prompt is not None]
+    def _parse(self, fields: Fields, key: str, value: object, option: str, where: str) -> None:
+        """Parse one option into `fields`. `option` is its name as written. A null in a JSON file means that it is unset."""
+        if key in _NOT_FOR_SD3:
+            self.unsupported[option] = _NOT_FOR_SD3[key]
+        elif key not in _KEYS:
+            known = [f"--{short}" for short in _KEYS] if option.startswith("--") else ["prompt", *_LONG]
+            self.problems.add(f"{where}: {option} is not known. Known are {', '.join(known)}.")
+        elif value is not None:
+            _, field, kind = _KEYS[key]
+            try:
+                fields[field] = _NUMBERS[kind](value) if kind in _NUMBERS else str(value)
+            except (TypeError, ValueError, OverflowError):
+                number = "whole number" if kind is int else "number"
+                self.problems.add(f"{where}: {option} needs a {number}, not {value!r}.")
 
-
-def _from_dictionary(
-    entry: dict[str, Any], place: str, problems: Problems, unsupported: dict[str, str]
-) -> PreviewPrompt | None:
-    given: dict[str, Any] = {}
-    for name, value in entry.items():
-        if name != "prompt":
-            _take(given, _LONG.get(str(name), str(name)), value, str(name), place, problems, unsupported)
-        elif isinstance(value, str):
-            given["prompt"] = value
-        else:
-            problems.add(f"{place}: prompt must be a text, not {value!r}.")
+    def _prompt(self, fields: Fields, where: str) -> PreviewPrompt | None:
+        """The prompt with sides rounded and steps clamped; problems with its values are collected."""
+        if "prompt" not in fields:
+            self.problems.add(f"{where}: there is no prompt.")
             return None
-    return _made(given, place, problems, unsupported)
+        if "sampler" in fields:
+            fields["sampler"] = self._sampler(str(fields["sampler"]), where)
+        prompt = PreviewPrompt(**fields)  # type: ignore[arg-type]  # _KEYS has each field's type
+        problems = _value_problems(prompt)
+        for problem in problems:
+            self.problems.add(f"{where}: {problem}")
+        return replace(
+            prompt,
+            width=_side(prompt.width),
+            height=_side(prompt.height),
+            steps=min(1000, max(1, prompt.steps)),
+        )
+
+    def _sampler(self, name: str, where: str) -> str | None:
+        """The sampler of that name; None for one that is ignored or unknown."""
+        if name not in self.samplers and name in self.other_samplers:
+            self.unsupported[f"--ss {name}"] = "a sampler for older models"
+        elif name not in self.samplers:
+            self.problems.add(f"{where}: sampler {name!r} is not one of {', '.join(self.samplers)}.")
+        return self.samplers.get(name)
 
 
-def _take(
-    given: dict[str, Any],
-    key: str,
-    value: Any,
-    shown: str,
-    place: str,
-    problems: Problems,
-    unsupported: dict[str, str],
-) -> None:
-    """Read one option into `given`. A null in a JSON file means not given."""
-    if key in _NOT_FOR_SD3:
-        unsupported[shown] = _NOT_FOR_SD3[key]
-    elif key not in _KEYS:
-        known = [f"--{short}" for short in _KEYS] if shown.startswith("--") else ["prompt", *_LONG]
-        problems.add(f"{place}: {shown} is not known. Known are {', '.join(known)}.")
-    elif value is not None:
-        _, field, kind = _KEYS[key]
-        try:
-            given[field] = _NUMBERS[kind](value) if kind in _NUMBERS else str(value)
-        except (TypeError, ValueError, OverflowError):
-            problems.add(f"{place}: {shown} needs a {'whole number' if kind is int else 'number'}, not {value!r}.")
+def _value_problems(prompt: PreviewPrompt) -> list[str]:
+    problems = []
+    if _has_surrogates(prompt.prompt + prompt.negative_prompt):
+        problems.append("the text holds half of a character (a \\ud800 to \\udfff alone). Write it whole.")
+    if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
+        problems.append(f"the seed {prompt.seed} must be 0 or more, and below 2^64.")
+    if prompt.shift <= 0:
+        problems.append(f"the shift {prompt.shift:g} must be above 0.")
+    if max(prompt.width, prompt.height) > LARGEST_SIDE:
+        problems.append(f"{prompt.width}x{prompt.height} is too large; {LARGEST_SIDE} pixels a side is the most.")
+    return problems
 
 
-def _whole(value: Any) -> int:
+def _integer(value: object) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError
-    return int(value)
+    return int(value)  # type: ignore[call-overload]  # TypeError is the caller's
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
+def _finite(value: object) -> float:
+    number = float(value)  # type: ignore[arg-type]  # TypeError is the caller's
     if isinstance(value, bool) or not math.isfinite(number):
         raise ValueError
     return number
 
 
-_NUMBERS: dict[type, Callable[[Any], Any]] = {int: _whole, float: _finite}
+_NUMBERS: dict[type, Callable[[object], float]] = {int: _integer, float: _finite}
 
 
-def _made(given: dict[str, Any], place: str, problems: Problems, unsupported: dict[str, str]) -> PreviewPrompt | None:
-    if "prompt" not in given:
-        problems.add(f"{place}: there is no prompt.")
-        return None
-    if "sampler" in given:
-        given["sampler"] = _sampler(given["sampler"], place, problems, unsupported)
-    prompt = PreviewPrompt(**given)
-    if _has_half_characters(prompt.prompt + prompt.negative_prompt):
-        problems.add(f"{place}: the text holds half of a character (a \\ud800 to \\udfff alone). Write it whole.")
-    if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
-        problems.add(f"{place}: the seed {prompt.seed} must be 0 or more, and below 2^64.")
-    if prompt.shift <= 0:
-        problems.add(f"{place}: the shift {prompt.shift:g} must be above 0.")
-    if max(prompt.width, prompt.height) > LARGEST_SIDE:
-        problems.add(f"{place}: {prompt.width}x{prompt.height} is too large; {LARGEST_SIDE} pixels a side is the most.")
-    return replace(
-        prompt,
-        width=_side(prompt.width),
-        height=_side(prompt.height),
-        steps=min(1000, max(1, prompt.steps)),
-    )
-
-
-def _sampler(name: str, place: str, problems: Problems, unsupported: dict[str, str]) -> str | None:
-    """The sampler of that name. One for older models is told and left out, as with --sample_sampler."""
-    if name not in SAMPLERS and name in KNOWN_SAMPLERS:
-        unsupported[f"--ss {name}"] = "a sampler for older models"
-    elif name not in SAMPLERS:
-        problems.add(f"{place}: sampler {name!r} is not one of {', '.join(SAMPLERS)}.")
-    return SAMPLERS.get(name)
-
-
-def _has_half_characters(text: str) -> bool:
+def _has_surrogates(text: str) -> bool:
     """Whether it holds surrogates, which JSON can write and no tokenizer or picture can take."""
     return any("\ud800" <= sign <= "\udfff" for sign in text)
 

@@ -5,6 +5,8 @@ A hundred thousand records must stay small, so a record has slots, its path is a
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.data.settings import DatasetSettings, Size, SubsetSettings
@@ -55,3 +57,16 @@ class DatasetIndex:
     training: list[IndexedDataset]
     validation: list[IndexedDataset]
     warnings: list[str]
+
+
+def dataset_fingerprint(datasets: Sequence[IndexedDataset]) -> str:
+    """Changes with the images, their captions, buckets and repeats, and with the settings of their subsets."""
+    digest = hashlib.blake2b(digest_size=12)
+    for dataset in datasets:
+        digest.update(repr(dataset.settings.batch_size).encode())
+        for subset in dataset.settings.subsets:
+            digest.update(repr(subset).encode())
+        for record in dataset.records:
+            facts = (record.path, record.file_size, record.caption, record.bucket, record.repeats)
+            digest.update(repr(facts).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from library.common.files import atomic_write, write_text
-from library.data.examples import BucketExamples
-from library.data.loader import Batch
+from library.data.batches import BatchPlan
+from library.data.examples import BucketExamples, bucket_examples
+from library.data.loader import Batch, LoaderSettings
 from library.monitoring.contact_sheet import fitted
 
 if TYPE_CHECKING:
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 
 CELL, GAP, LINE, LINES = 256, 8, 12, 5  # pixels; lines of text under a picture
 COLUMNS, PICTURES = 4, 16  # of a sheet
+
+
+def draw_dataset(
+    training: BatchPlan, validation: BatchPlan | None, settings: LoaderSettings, folder: Path, name: str
+) -> None:
+    """Draw sheets of the images of each bucket in `folder` and print their paths."""
+    for kind, plan in (("training", training), ("validation", validation)):
+        if plan is not None:
+            for path in write_dataset_sheets(bucket_examples(plan, settings, PICTURES), folder, f"{name}-{kind}"):
+                print(f"{kind}: {path}")
 
 
 def write_dataset_sheets(examples: Iterable[BucketExamples], folder: Path, name: str) -> list[Path]:

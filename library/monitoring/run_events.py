@@ -21,11 +21,8 @@ from library.monitoring.metrics import RunMetrics
 from library.monitoring.previews import Previewer, moment
 from library.monitoring.report.run import RunReport
 from library.monitoring.report.writer import ReportWriter
-from library.preflight.settings import given_start
-from library.saving.determining_options import options_that_shape
 from library.saving.metadata import FileMetadata
 from library.saving.names import OutputNames, SaveRhythm, epochs_between_saves
-from library.saving.resume import resume_problems
 from library.saving.run_facts import run_facts, save_facts
 from library.saving.saver import BackgroundSaver, remove, told_if_unwritable, write_weights
 from library.saving.state import SavedState, take_snapshot, write_state
@@ -242,7 +239,7 @@ class RunEvents:
         trainer = self.trainer
         snapshot = take_snapshot(
             position,
-            options_that_shape(self.args, trainer.plan),
+            trainer.state_options(),
             trainer.network.state_dict(),
             self._components(),
         )
@@ -327,9 +324,7 @@ class RunEvents:
 
     def _restore(self, state: SavedState) -> TrainProgress:
         trainer = self.trainer
-        problems = resume_problems(
-            state, self.args, trainer.plan
-        )  # once more: memory options may have been chosen since
+        problems = trainer.resume_problems(state)  # once more: memory options may have been chosen since
         if problems:
             raise UserError(problems)
         missing = trainer.network.load_state_dict(state.weights(), strict=True)
@@ -344,7 +339,7 @@ class RunEvents:
 
     def _start_given(self, state: SavedState | None, position: TrainProgress) -> TrainProgress:
         """Where --initial_step or --initial_epoch say that the run starts; a fresh schedule is brought there."""
-        start = given_start(self.args, self.trainer.plan.length)
+        start = self.trainer.initial_progress()
         if start is None:
             return position
         if state is None:

@@ -1,8 +1,7 @@
-"""Room on the disks: what a run will write, worked out from headers, options and lists of folders before anything is made."""
+"""Disk space: what a run will write, worked out from headers, options and lists of folders before anything is made."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,15 +11,14 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
-from library.caching.fill import latent_cache_settings, text_cache_settings
-from library.caching.latents import LatentCache
-from library.caching.text import TextCache
+from library.caching.latents import LatentCache, LatentCacheSettings
+from library.caching.text import TextCache, TextCacheSettings
 from library.common.errors import UserError
 from library.data.captions import CaptionPipeline
 from library.data.index import DatasetIndex
 from library.data.records import IndexedDataset
 from library.memory.estimator.optimizer_memory import optimizer_cost
-from library.preflight.settings import RunLength
+from library.preflight.run_length import RunLength
 from library.saving.names import epochs_between_saves
 
 GIB = 2**30
@@ -30,8 +28,38 @@ CACHES, FILES = "caches", "LoRA files and states"
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that the run will write in a folder, which need not be there yet."""
+class OutputSettings:
+    """What is saved, where, and how many files are kept; each number as its option has it, None where it is unset."""
+
+    output_dir: str | None
+    save_format: str = "kohya"  # "both" writes two files
+    save_precision: str | None = None
+    every_n_epochs: int | None = None
+    epoch_ratio: int | None = None
+    every_n_steps: int | None = None
+    every_n_minutes: float | None = None
+    last_n_epochs: int | None = None
+    last_n_steps: int | None = None
+    last_n_epochs_state: int | None = None
+    last_n_steps_state: int | None = None
+    saves_states: bool = False
+    saves_final_state: bool = False
+    keeps_average: bool = False  # --ema_decay
+    saves_average_beside: bool = False  # --ema_save beside
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimizer by its options."""
+
+    name: str
+    learning_rate: float
+    args: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DiskRequirement:
+    """Bytes that the run will write in a folder, which need not exist yet."""
 
     folder: Path
     size: int
@@ -39,7 +67,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class OutputSize:
     """What is known of the files to be saved."""
 
     numbers: int  # in the LoRA; 0 where that is not known before the models are loaded
@@ -47,26 +75,27 @@ class Outcome:
     encoders: int = 0  # bytes of text encoders that are saved beside it
 
 
-def cache_needs(args: argparse.Namespace, index: DatasetIndex, seed: int, bytes_of_text: int) -> list[Need]:
-    """The caches that are missing, from lists of folders alone: a file that is there is taken for good.
+def cache_requirements(
+    index: DatasetIndex, latents: LatentCacheSettings | None, texts: TextCacheSettings | None
+) -> list[DiskRequirement]:
+    """The caches that are missing, from lists of folders alone: an existing file is assumed to be valid.
 
-    bytes_of_text: of the outputs that are cached for one caption; 0 where none are.
+    latents, texts: None where they are not cached. texts.bytes_each: of the outputs that are cached for one caption.
     """
-    found: dict[Path, int] = {}
-    for datasets, variants in ((index.training, args.text_cache_variants), (index.validation, None)):
-        needed = []
-        if args.cache_latents_to_disk:
-            latents = LatentCache(datasets, replace(latent_cache_settings(args, ""), trust=True))
-            needed.append(latents.bytes_needed(latents.missing()))
-        if args.cache_text_encoder_outputs_to_disk and bytes_of_text:
-            each = round(bytes_of_text * _texts_each(datasets, variants, seed))
-            settings = replace(text_cache_settings(args, "", seed, each), variants=None, trust=True)
-            texts = TextCache(datasets, settings)
-            needed.append(texts.bytes_needed(texts.missing()))
-        for folders in needed:
+    sizes: dict[Path, int] = {}
+    for datasets, variants in ((index.training, texts.variants if texts else None), (index.validation, None)):
+        missing = []
+        if latents is not None and latents.on_disk:
+            latent_cache = LatentCache(datasets, replace(latents, trust=True))
+            missing.append(latent_cache.bytes_needed(latent_cache.missing()))
+        if texts is not None and texts.on_disk and texts.bytes_each:
+            each = round(texts.bytes_each * _texts_each(datasets, variants, texts.seed))
+            text_cache = TextCache(datasets, replace(texts, bytes_each=each, variants=None, trust=True))
+            missing.append(text_cache.bytes_needed(text_cache.missing()))
+        for folders in missing:
             for folder, size in folders.items():
-                found[folder] = found.get(folder, 0) + size
-    return [Need(folder, size, CACHES) for folder, size in found.items()]
+                sizes[folder] = sizes.get(folder, 0) + size
+    return [DiskRequirement(folder, size, CACHES) for folder, size in sizes.items()]
 
 
 def _texts_each(datasets: Sequence[IndexedDataset], variants: int | None, seed: int) -> float:
@@ -81,53 +110,58 @@ def _texts_each(datasets: Sequence[IndexedDataset], variants: int | None, seed: 
     return sum(texts) / len(texts)
 
 
-def saving_need(args: argparse.Namespace, length: RunLength, outcome: Outcome) -> Need:
-    """The LoRA files and states that will be in output_dir together, and a little for what stands beside them."""
-    files, states = _kept_together(args, length)
-    number = {"float": 4, "fp16": 2, "bf16": 2}.get(args.save_precision or "", outcome.bytes_each)
-    copies = (2 if args.save_format == "both" else 1) * (2 if args.ema_decay and args.ema_save == "beside" else 1)
-    size = BESIDE + outcome.encoders + files * copies * number * outcome.numbers
-    if states and outcome.numbers:
-        size += int(states * outcome.numbers * _state_bytes(args, outcome.bytes_each))
-    return Need(Path(args.output_dir), size, FILES)
+def saving_requirement(
+    settings: OutputSettings, optimizer: OptimizerSettings, length: RunLength, output: OutputSize
+) -> DiskRequirement:
+    """The LoRA files and states that will be in output_dir together, and a little for logs, previews and the report."""
+    assert settings.output_dir is not None
+    files, states = _kept_together(settings, length)
+    number = {"float": 4, "fp16": 2, "bf16": 2}.get(settings.save_precision or "", output.bytes_each)
+    averages = settings.keeps_average and settings.saves_average_beside
+    copies = (2 if settings.save_format == "both" else 1) * (2 if averages else 1)
+    size = BESIDE + output.encoders + files * copies * number * output.numbers
+    if states and output.numbers:
+        size += int(states * output.numbers * _state_bytes(settings, optimizer, output.bytes_each))
+    return DiskRequirement(Path(settings.output_dir), size, FILES)
 
 
-def _state_bytes(args: argparse.Namespace, bytes_each: int) -> float:
+def _state_bytes(settings: OutputSettings, optimizer: OptimizerSettings, bytes_each: int) -> float:
     """Of a state, for each trained number: the number itself, what the optimizer keeps for it, its average."""
     dtype = torch.float32 if bytes_each == 4 else torch.bfloat16
     try:
-        kept = optimizer_cost(args.optimizer_type, args.learning_rate, args.optimizer_args, dtype).kept
-    except UserError:  # it cannot be made: that is told with all else
+        kept = optimizer_cost(optimizer.name, optimizer.learning_rate, optimizer.args, dtype).kept
+    except UserError:  # it cannot be made, which check_optimizer reports
         kept = 0.0
-    return bytes_each * (1 + kept) + (4 if args.ema_decay else 0)
+    return bytes_each * (1 + kept) + (4 if settings.keeps_average else 0)
 
 
-def _kept_together(args: argparse.Namespace, length: RunLength) -> tuple[int, int]:
-    """How many LoRA files and how many states there are at once; an old one goes when the new one stands."""
-    every = epochs_between_saves(args.save_every_n_epochs, args.save_n_epoch_ratio, length.epochs)
+def _kept_together(settings: OutputSettings, length: RunLength) -> tuple[int, int]:
+    """How many LoRA files and how many states exist at once; an old one is removed after the new one is written."""
+    every = epochs_between_saves(settings.every_n_epochs, settings.epoch_ratio, length.epochs)
+    every_steps, minutes = settings.every_n_steps, 1 if settings.every_n_minutes else 0
     epochs = (length.epochs - 1) // every if every else 0
-    steps = length.max_steps // args.save_every_n_steps if args.save_every_n_steps else 0
+    steps = length.max_steps // every_steps if every_steps else 0
 
     def kept(last_epochs: int | None, last_steps: int | None) -> int:
         of_epochs = min(epochs, last_epochs + 1) if last_epochs else epochs
-        of_steps = min(steps, last_steps // args.save_every_n_steps + 2) if last_steps and steps else steps
-        return of_epochs + of_steps + (1 if args.save_every_n_minutes else 0)
+        of_steps = min(steps, last_steps // every_steps + 2) if every_steps and last_steps and steps else steps
+        return of_epochs + of_steps + minutes
 
-    files = 1 + kept(args.save_last_n_epochs, args.save_last_n_steps)
-    if args.save_state:
-        last_epochs = args.save_last_n_epochs_state or args.save_last_n_epochs
-        return files, 1 + kept(last_epochs, args.save_last_n_steps_state or args.save_last_n_steps)
-    return files, int(bool(args.save_state_on_train_end)) + int(bool(args.save_every_n_minutes))
+    files = 1 + kept(settings.last_n_epochs, settings.last_n_steps)
+    if settings.saves_states:
+        last_epochs = settings.last_n_epochs_state or settings.last_n_epochs
+        return files, 1 + kept(last_epochs, settings.last_n_steps_state or settings.last_n_steps)
+    return files, int(settings.saves_final_state) + minutes
 
 
-def room_problems(needs: Sequence[Need]) -> list[str]:
+def space_problems(requirements: Sequence[DiskRequirement]) -> list[str]:
     """Disks with less room than the run will fill, one sentence each."""
-    disks: dict[int, list[Need]] = {}
-    for need in needs:
-        disks.setdefault(_existing(need.folder).stat().st_dev, []).append(need)
+    disks: dict[int, list[DiskRequirement]] = {}
+    for requirement in requirements:
+        disks.setdefault(_existing(requirement.folder).stat().st_dev, []).append(requirement)
     problems = []
     for together in disks.values():
-        sizes = {what: sum(need.size for need in together if need.what == what) for what in (CACHES, FILES)}
+        sizes = {what: sum(each.size for each in together if each.what == what) for what in (CACHES, FILES)}
         free = shutil.disk_usage(_existing(together[0].folder)).free
         if sum(sizes.values()) > free:
             parts = ", ".join(f"{size / GIB:.2f} for {what}" for what, size in sizes.items() if size)
@@ -158,5 +192,5 @@ def output_problems(folder: Path) -> list[str]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the first one above it that is there."""
-    return next((place for place in (folder, *folder.parents) if place.exists()), Path())
+    """The folder, or the first one above it that exists."""
+    return next((path for path in (folder, *folder.parents) if path.exists()), Path())

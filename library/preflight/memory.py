@@ -5,20 +5,19 @@ No weights are read: models, network and optimizer are measured on the meta devi
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from library.common.errors import UserError
+from library.memory.checkpointing import CheckpointSettings
 from library.memory.estimator.planner import EVERY, Wanted, choose
 from library.memory.estimator.table import MemoryPlan, Phase, size_text
-from library.preflight.memory_profile import MeasuredRun
+from library.preflight.inspector import Files, ModelInspector
+from library.preflight.memory_profile import MemoryProfile, ProfileSettings
+from library.preflight.network import quiet
 from library.preflight.plan import RunPlan
-from library.preflight.settings import checkpoint_settings
 from library.training.precision import Precision
 
 GIB = 2**30
@@ -27,107 +26,111 @@ GAPS = 0.05  # of what is free: the allocator's rounding and holes
 
 
 @dataclass(frozen=True)
-class Room:
+class PlannerSettings:
+    """The memory options as the command line has them; the planner chooses those that it leaves open."""
+
+    profile: ProfileSettings
+    plans_all: bool = False  # --memory_plan auto
+    plans_swap: bool = False  # --blocks_to_swap auto
+    blocks_to_swap: int | None = None
+    checkpointing: CheckpointSettings | None = None
+    lean_activations: bool = False
+    compiles: bool = False
+    quantization: str | None = None  # "fp8", "int8" or "nf4"
+    vram: float | None = None  # GiB, instead of what the device has free
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is something to choose."""
+        return self.plans_all or self.plans_swap
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
     """What may be used, in bytes."""
 
     device: int
     host: int
-    told: str  # where the numbers come from
+    source: str  # where the numbers come from
 
 
-def wants_plan(args: argparse.Namespace) -> bool:
-    return args.memory_plan == "auto" or args.blocks_to_swap == "auto"
-
-
-def room(args: argparse.Namespace, device: torch.device, processes_here: int) -> Room:
-    """The memory of this process: that of `--vram`, or what the device has free; and its share of the host's."""
+def memory_budget(vram: float | None, device: torch.device, processes_here: int) -> MemoryBudget:
+    """The memory of this process: that of `--vram` in GiB, or what the device has free; and its share of the host's."""
     import psutil
 
     host = psutil.virtual_memory().available // processes_here
-    if args.vram is not None:
-        usable = int((args.vram * GIB - OWN_SHARE) * (1 - GAPS))
-        return Room(usable, host, f"--vram {args.vram:g} GiB")
+    if vram is not None:
+        usable = int((vram * GIB - OWN_SHARE) * (1 - GAPS))
+        return MemoryBudget(usable, host, f"--vram {vram:g} GiB")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return Room(int(free * (1 - GAPS)), host, f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free")
-    return Room(int(host * (1 - GAPS)), host, f"{host / GIB:.1f} GiB of host memory are free")
+        return MemoryBudget(int(free * (1 - GAPS)), host, f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free")
+    return MemoryBudget(int(host * (1 - GAPS)), host, f"{host / GIB:.1f} GiB of host memory are free")
+
+
+def smallest_budget(budgets: list[MemoryBudget]) -> MemoryBudget:
+    """What every process has at least, so that all choose the same; `source` is the first one's."""
+    return replace(budgets[0], device=min(each.device for each in budgets), host=min(each.host for each in budgets))
 
 
 def plan_memory(
-    args: argparse.Namespace, plan: RunPlan, device: torch.device, precision: Precision, processes: int, given: Room
+    settings: PlannerSettings,
+    plan: RunPlan[Files],
+    inspector: ModelInspector[Files],
+    device: torch.device,
+    precision: Precision,
+    processes: int,
+    budget: MemoryBudget,
 ) -> MemoryPlan:
-    """Measure the run and choose. UserError where nothing fits `given`."""
-    wanted = wanted_levers(args)
-    with _quiet():
-        measured = MeasuredRun(args, plan, device.type, precision, processes, wanted.quantisations[0])
-        chosen = _choose(measured, replace(wanted, quantisations=wanted.quantisations[:1]), given)
-        for quantisation in wanted.quantisations[1:]:
-            if not chosen.fits and measured.measure_quantised(quantisation or ""):
-                chosen = _choose(measured, replace(wanted, quantisations=(quantisation,)), given)
+    """Measure the run and choose. UserError where nothing fits the budget."""
+    space = search_space(settings)
+    with quiet(logging.INFO):
+        profile = MemoryProfile(
+            settings.profile, plan, inspector, device.type, precision, processes, space.quantisations[0]
+        )
+        chosen = _choose(profile, replace(space, quantisations=space.quantisations[:1]), budget)
+        for quantization in space.quantisations[1:]:
+            if not chosen.fits and profile.measure_quantized(quantization or ""):
+                chosen = _choose(profile, replace(space, quantisations=(quantization,)), budget)
     if not chosen.fits:
         raise UserError(
-            f"No choice of memory options fits: the least is {size_text(chosen.peak)}, and {size_text(given.device)} can be used "
-            f"({given.told}). Lower the resolution, train_batch_size or --network_dim, or cache text and latents.\n{chosen.text()}"
+            f"No choice of memory options fits: the least is {size_text(chosen.peak)}, and {size_text(budget.device)} can be used "
+            f"({budget.source}). Lower the resolution, train_batch_size or --network_dim, or cache text and latents.\n{chosen.text()}"
         )
     return chosen
 
 
-def _choose(measured: MeasuredRun, wanted: Wanted, given: Room) -> MemoryPlan:
-    """The best choice with T5 where it is, and with T5 on the CPU where only that fits."""
-    for t5_on_cpu in (False, True) if measured.t5_may_move else (False,):
-        captions = measured.caption_bytes(t5_on_cpu)
-        reckoner = measured.reckoner(t5_on_cpu)
-        levers, fits = choose(reckoner, wanted, given.device, given.host, measured.beside(reckoner))
-        fits = fits and captions <= given.device and measured.image_bytes <= given.device
+def _choose(profile: MemoryProfile[Files], space: Wanted, budget: MemoryBudget) -> MemoryPlan:
+    """The best choice with T5 on the device, and with T5 on the CPU where only that fits."""
+    for t5_on_cpu in (False, True) if profile.an_encoder_may_move else (False,):
+        captions = profile.caption_bytes(t5_on_cpu)
+        estimator = profile.estimator(t5_on_cpu)
+        options, fits = choose(estimator, space, budget.device, budget.host, profile.other_phases_peak(estimator))
+        fits = fits and captions <= budget.device and profile.image_bytes <= budget.device
         if fits:
             break
     phases = [
         Phase("captions encoded, one encoder at a time", captions),
-        Phase("images encoded", measured.image_bytes),
-        *measured.live_phases(reckoner, reckoner.base_bytes(levers)),
+        Phase("images encoded", profile.image_bytes),
+        *profile.live_phases(estimator, estimator.base_bytes(options)),
     ]
-    return MemoryPlan(levers, t5_on_cpu, fits, reckoner, phases, given.device, given.told, str(measured.shape))
+    return MemoryPlan(options, t5_on_cpu, fits, estimator, phases, budget.device, budget.source, str(profile.shape))
 
 
-def wanted_levers(args: argparse.Namespace) -> Wanted:
-    """What the options leave open: with --memory_plan all that is not given, else the number of swapped blocks alone."""
-    settings = checkpoint_settings(args)
-    quantisation = "fp8" if args.fp8_base else args.base_quantization
-    free = args.memory_plan == "auto"
-    swap = None if args.blocks_to_swap == "auto" or (free and args.blocks_to_swap is None) else args.blocks_to_swap or 0
-    lean = (True,) if args.lean_activations else (False, True) if free and not args.torch_compile else (False,)
-    wanted = Wanted(swap=swap, lean=lean)
-    if settings is not None:
-        policy = "selective" if settings.selective else "full"
-        wanted = replace(wanted, policies=(policy,), checkpointed=settings.blocks or EVERY, offload=(settings.offload,))
+def search_space(settings: PlannerSettings) -> Wanted:
+    """What the options leave open: with --memory_plan all that is unset, else the number of swapped blocks alone."""
+    checkpointing, free = settings.checkpointing, settings.plans_all
+    open_swap = settings.plans_swap or (free and settings.blocks_to_swap is None)
+    choices = (False, True) if free and not settings.compiles else (False,)
+    space = Wanted(
+        swap=None if open_swap else settings.blocks_to_swap or 0,
+        lean=(True,) if settings.lean_activations else choices,
+    )
+    if checkpointing is not None:
+        policy, blocks = "selective" if checkpointing.selective else "full", checkpointing.blocks or EVERY
+        space = replace(space, policies=(policy,), checkpointed=blocks, offload=(checkpointing.offload,))
     elif not free:
-        wanted = replace(wanted, policies=("none",), offload=(False,))
-    if quantisation is not None or not free:
-        wanted = replace(wanted, quantisations=(quantisation,))
-    return wanted
-
-
-def apply_plan(args: argparse.Namespace, chosen: MemoryPlan) -> None:
-    """Write the choice into the options, as if it had been given."""
-    levers = chosen.levers
-    args.blocks_to_swap = levers.swap or None
-    args.gradient_checkpointing = levers.policy != "none"
-    args.gradient_checkpointing_blocks = levers.checkpointed if 0 < levers.checkpointed < chosen.depth else None
-    args.selective_checkpointing = levers.policy == "selective"
-    args.cpu_offload_checkpointing = levers.offload
-    args.lean_activations = levers.lean
-    if levers.quantisation == "fp8" and not args.fp8_base:
-        args.fp8_base = args.fp8_base_unet = True
-    if chosen.t5_on_cpu:
-        args.t5xxl_device = "cpu"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Making a network is logged when it is made for good, not when it is measured."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+        space = replace(space, policies=("none",), offload=(False,))
+    if settings.quantization is not None or not free:
+        space = replace(space, quantisations=(settings.quantization,))
+    return space

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,52 +16,72 @@ from networks.arguments import arguments_of
 from networks.diffusers_layout import diffusers_problems
 from networks.network_modules import network_module
 
+if TYPE_CHECKING:
+    from networks.lora import LoRANetwork
 
-def make_network(args: argparse.Namespace, encoders: Sequence[nn.Module | None], denoiser: nn.Module | None) -> Any:
-    """The network of --network_module, filled from --network_weights, not yet attached.
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The options that a network is made from."""
+
+    module: str = ""  # as --network_module names it
+    args: tuple[str, ...] | None = None  # KEY=VALUE
+    dim: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    weights: str | None = None  # the file whose weights it starts with
+    dim_from_weights: bool = False
+    save_format: str = "kohya"  # "kohya", "diffusers" or "both"
+
+
+def make_network(
+    settings: NetworkSettings, encoders: Sequence[nn.Module | None], denoiser: nn.Module | None
+) -> LoRANetwork:
+    """Make the network of --network_module, filled from --network_weights, not yet attached.
 
     encoders: in the family's order, None for each that is not trained. denoiser: None when it is not trained. UserError where
     the options do not fit the models or each other, --save_format included.
     """
-    module, arguments = network_module(args.network_module), arguments_of(args.network_args)
-    if args.dim_from_weights:
+    module, arguments = network_module(settings.module), arguments_of(settings.args)
+    if settings.dim_from_weights:
         network, _ = module.create_network_from_weights(
-            1.0, args.network_weights, None, encoders, denoiser, neuron_dropout=args.network_dropout, **arguments
+            1.0, settings.weights, None, encoders, denoiser, neuron_dropout=settings.dropout, **arguments
         )
     else:
         network = module.create_network(
-            1.0, args.network_dim, args.network_alpha, None, encoders, denoiser, args.network_dropout, **arguments
+            1.0, settings.dim, settings.alpha, None, encoders, denoiser, settings.dropout, **arguments
         )
-        if args.network_weights:
-            network.load_weights(args.network_weights)
-    if args.save_format != "kohya":
-        problems = diffusers_problems(_numbers_by_key(network), f"--save_format {args.save_format}: this network")
+        if settings.weights:
+            network.load_weights(settings.weights)
+    if settings.save_format != "kohya":
+        title = f"--save_format {settings.save_format}: this network"
+        problems = diffusers_problems(_numbers_by_key(network), title)
         if problems:
             raise UserError(problems)
     return network
 
 
-def rehearse_network(
-    args: argparse.Namespace, encoders: Sequence[nn.Module | None], denoiser: nn.Module | None
+def validate_on_meta(
+    settings: NetworkSettings, encoders: Sequence[nn.Module | None], denoiser: nn.Module | None
 ) -> int | None:
-    """Make the network on models of the meta device; how many numbers its file will have.
+    """Make the network on models of the meta device; return how many numbers its file will have.
 
-    UserError for what would be found wrong only when the models have been loaded. None for networks that look at weights while
-    they are made, which the meta device does not have: nothing is known of them yet.
+    UserError for what would be wrong only when the models have been loaded. None for networks that look at weights while
+    they are made, which the meta device does not have: their size is not known yet.
     """
-    module = network_module(args.network_module)
-    from_file = bool(args.network_weights) and module is lycoris_kohya
+    module = network_module(settings.module)
+    from_file = bool(settings.weights) and module is lycoris_kohya
     if module not in (lora_sd3, lycoris_kohya) or from_file:
         return None
     try:
-        with _quiet():
-            network = make_network(args, encoders, denoiser)
+        with quiet(logging.WARNING):
+            network = make_network(settings, encoders, denoiser)
     except NotImplementedError:
         return None  # LyCORIS: full, DoRA
     return sum(_numbers_by_key(network).values())
 
 
-def _numbers_by_key(network: Any) -> dict[str, int]:
+def _numbers_by_key(network: LoRANetwork) -> dict[str, int]:
     """How many numbers each tensor of the network's file has."""
     return {
         f"{name}.{suffix}": tensor.numel()
@@ -71,10 +91,10 @@ def _numbers_by_key(network: Any) -> dict[str, int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Making a network is logged when it is made for good."""
+def quiet(level: int) -> Iterator[None]:
+    """Log nothing up to `level`: making a network is logged when it is made for good."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(level)
     try:
         yield
     finally:

@@ -1,85 +1,115 @@
 """What a run is going to do, worked out from headers alone: files, images, steps, rates. No weights are read.
 
-Every mistake of the user that can be found without weights is found here, and all are told at once.
+Every mistake of the user that can be found without weights is found here, and all are reported at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-from torch import nn
+from typing import Generic
 
 from library.caching.files import check_writable
 from library.caching.fill import encoder_roles
-from library.caching.text import refuse_lost_chance
-from library.common.errors import Problems, UserError
-from library.data.augment import frozen_chance
+from library.caching.latents import LatentCacheSettings
+from library.caching.text import TextCacheSettings
+from library.common.errors import UserError, collect_errors
 from library.data.batches import BatchPlan
-from library.data.command_line import CommandLineData
-from library.data.config import read_datasets
-from library.data.index import DatasetIndex, build_index
+from library.data.index import DatasetIndex
 from library.data.prompts import PreviewPrompt, read_prompts
+from library.data.records import dataset_fingerprint
 from library.data.settings import Size
 from library.data.table import table
-from library.flow.loss import check_loss
-from library.flow.timesteps import check_flow
-from library.monitoring.trackers import tracking_problems
-from library.preflight.disk_space import Outcome, cache_needs, output_problems, room_problems, saving_need
-from library.preflight.network import rehearse_network
-from library.preflight.settings import (
-    RunLength,
-    flow_settings,
-    loss_settings,
-    path_or_none,
-    run_length,
-    scheduler_settings,
-    start_problems,
-    tracking_settings,
+from library.flow.loss import LossSettings, check_loss
+from library.flow.samplers import SAMPLERS
+from library.flow.timesteps import FlowSettings, check_flow
+from library.options.groups.sampling import SAMPLERS as KNOWN_SAMPLERS
+from library.preflight.dataset import DataSettings, data_problems, index_data
+from library.preflight.disk_space import (
+    OptimizerSettings,
+    OutputSettings,
+    OutputSize,
+    cache_requirements,
+    output_problems,
+    saving_requirement,
+    space_problems,
 )
+from library.preflight.inspector import Files, ModelInspector
+from library.preflight.network import NetworkSettings, validate_on_meta
+from library.preflight.run_length import LengthSettings, RunLength, run_length, start_problems
 from library.saving.modelspec import thumbnail_url
 from library.saving.resume import resume_problems
 from library.saving.state import SavedState
 from library.training.optimizers import check_optimizer
-from library.training.schedulers import check_schedule
+from library.training.schedulers import SchedulerSettings, check_schedule
 from networks.lora_file import names_in_file
 from networks.parameter_groups import PARTS, LearningRates, parts_of
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-LEFT_TO_THE_PLAN = ("fp8_base", "fp8_base_unet", "t5xxl_device")  # --memory_plan chooses them
-
-
-class ModelChecks(Protocol):
-    """What a model family says of its files before they are loaded."""
-
-    def locate_models(self) -> Any: ...
-
-    def model_problems(self, files: Any, sizes: list[Size]) -> list[str]: ...
-
-    def network_problems(self, files: Any) -> list[str]: ...
-
-    def train_t5xxl(self) -> bool: ...
-
-    def encoder_names(self) -> list[str]: ...
-
-    def present_encoders(self, files: Any) -> list[str]: ...
-
-    def empty_models(self, files: Any, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]: ...
-
-    def bytes_of_text(self, files: Any) -> int: ...
-
-    def bytes_of_saved_encoders(self, files: Any) -> int: ...
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    files: Any  # the family's
+class RateSettings:
+    """The learning rates by their options."""
+
+    learning_rate: float
+    unet_lr: float | None = None
+    text_encoder_lr: tuple[float, ...] | None = None
+    train_unet_only: bool = False
+    train_text_encoder_only: bool = False
+
+    def rates(self, train_t5xxl: bool) -> LearningRates:
+        """The rate of each part. UserError where the options contradict each other."""
+        return LearningRates.from_options(
+            self.learning_rate,
+            self.unet_lr,
+            self.text_encoder_lr,
+            self.train_unet_only,
+            self.train_text_encoder_only,
+            train_t5xxl,
+        )
+
+
+@dataclass(frozen=True)
+class ResumeCheck:
+    """What a state to resume from is compared with."""
+
+    options: Mapping[str, object] = field(default_factory=dict)  # those that determine the weights, with their values
+    undecided: tuple[str, ...] = ()  # options that the memory planner sets later, so they are not compared
+    is_whole: bool = True  # False: of a state on the Hub only the position has been downloaded
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the plan of a run depends on, by concern."""
+
+    data: DataSettings
+    network: NetworkSettings
+    rates: RateSettings
+    optimizer: OptimizerSettings
+    scheduler: SchedulerSettings  # its total_steps is replaced by the run's
+    length: LengthSettings
+    output: OutputSettings
+    flow: FlowSettings
+    loss: LossSettings
+    has_model: bool = True  # False: the model's path is missing, which the options' checks report
+    number_bytes: int = 4  # of a trained number
+    latents: LatentCacheSettings | None = None  # None: not cached
+    texts: TextCacheSettings | None = None
+    sample_prompts: str | None = None
+    thumbnail: str | None = None
+    seed: int | None = None
+    resume: ResumeCheck = field(default_factory=ResumeCheck)
+
+
+@dataclass(frozen=True)
+class RunPlan(Generic[Files]):
+    """What will be trained."""
+
+    files: Files
     index: DatasetIndex
     training: BatchPlan
     validation: BatchPlan | None
@@ -102,128 +132,117 @@ class RunPlan:
 
 
 def plan_run(
-    args: argparse.Namespace,
-    family: ModelChecks,
-    found: list[str],
+    settings: PlanSettings,
+    inspector: ModelInspector[Files],
+    known: Sequence[str] = (),
     world_size: int = 1,
     agree: Callable[[int], int] = lambda seed: seed,
     state: SavedState | None = None,
-) -> RunPlan:
-    """Work out the run. `found` are problems known already; UserError tells them together with all that is found here.
+) -> RunPlan[Files]:
+    """Work out the run. UserError lists every problem, those that are `known` already before those of the plan.
 
-    agree: makes this process's seed that of all. state: what the run goes on from.
+    agree: makes this process's seed that of all. state: what the run resumes from.
     """
-    problems = Problems()
-    problems.found += found
-    seed = agree(run_seed(args, state))
-    files = _try(problems, family.locate_models) if args.pretrained_model_name_or_path else None
-    index = _try(problems, lambda: index_data(args, seed))
-    rates = _try(problems, lambda: learning_rates(args, family.train_t5xxl()))
-    if rates is not None and args.dim_from_weights and args.network_weights:
-        rates = rates_of_file(rates, args.network_weights)
-    prompts = _try(problems, lambda: read_prompts(args.sample_prompts)) if args.sample_prompts else []
-    problems.found += setting_problems(args, rates)
-    outcome = Outcome(0, 2 if args.full_fp16 or args.full_bf16 else 4)
+    problems = list(known)
+    seed = agree(run_seed(settings.seed, state))
+    files = collect_errors(problems, inspector.locate_models) if settings.has_model else None
+    index = collect_errors(problems, lambda: index_data(settings.data, seed))
+    rates = collect_errors(problems, lambda: trained_rates(settings, inspector))
+    prompts = collect_errors(problems, lambda: preview_prompts(settings.sample_prompts)) or []
+    problems += setting_problems(settings, rates)
+    output = OutputSize(0, settings.number_bytes)
     if files is not None:
-        wrong = family.network_problems(files) + family.model_problems(files, _sizes(index, prompts or []))
-        problems.found += wrong
-        if rates is not None and any((rates.unet, *rates.text_encoders)) and not wrong:
-            models = family.empty_models(files, rates)
-            numbers = _try(problems, lambda: rehearse_network(args, *models))
-            outcome = replace(outcome, numbers=numbers or 0, encoders=family.bytes_of_saved_encoders(files))
-    cached = []
+        sizes = _sizes(index, prompts)
+        output = _check_models(problems, settings, inspector, files, rates, sizes) or output
+    required = []
     if index is not None:
-        problems.found += data_problems(args, index)
-        ahead = files is not None and rates is not None and _texts_are_cached(args, family, files, rates)
-        cached = cache_needs(args, index, seed, family.bytes_of_text(files) if ahead else 0)
-    problems.found += check_writable({need.folder for need in cached})
-    unwritable = output_problems(Path(args.output_dir)) if args.output_dir else []
-    problems.found += unwritable
-    plan = None
+        problems += data_problems(settings.data, index)
+        caption_bytes = _caption_bytes(settings, inspector, files, rates)
+        texts = None if settings.texts is None else replace(settings.texts, seed=seed, bytes_each=caption_bytes)
+        required = cache_requirements(index, settings.latents, texts)
+    problems += check_writable({each.folder for each in required})
+    output_dir = settings.output.output_dir
+    unwritable = output_problems(Path(output_dir)) if output_dir else []
+    problems += unwritable
     if index is not None and rates is not None:
-        plan = _plan(args, files, index, rates, prompts or [], seed, world_size)
-        problems.found += start_problems(args, plan.length)
-        schedule = scheduler_settings(args, plan.length.max_steps)
-        problems.found += check_schedule(schedule, args.learning_rate, args.optimizer_type, args.optimizer_args)
-        if args.output_dir and not unwritable:
-            problems.found += room_problems([saving_need(args, plan.length, outcome), *cached])
-        if state is not None and not problems.found:
-            problems.found += resume_problems(state, args, plan, LEFT_TO_THE_PLAN if args.memory_plan else ())
-    problems.raise_if_any()
-    assert plan is not None
-    return plan
+        training, validation = _batch_plans(index, seed, world_size)
+        length = run_length(settings.length, training.batches_per_epoch)
+        problems += _length_problems(settings, length)
+        if output_dir and not unwritable:
+            saved = saving_requirement(settings.output, settings.optimizer, length, output)
+            problems += space_problems([saved, *required])
+        if state is not None and not problems:
+            problems += _resume_problems(settings, state, index, seed, length)
+    if problems:
+        raise UserError(problems)
+    assert files is not None and index is not None and rates is not None
+    return RunPlan(files, index, training, validation, length, rates, prompts, seed)
 
 
-def setting_problems(args: argparse.Namespace, rates: LearningRates | None) -> list[str]:
-    """What is wrong with options that need neither model nor dataset. rates: None where they are wrong themselves."""
-    problems = check_flow(flow_settings(args)) + check_loss(loss_settings(args))
-    if rates is not None:
-        given = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
-        if not given:
-            problems.append(
-                "Nothing would be trained: the learning rate of every part is 0, or --dim_from_weights has no LoRA for the others."
-                " Raise --learning_rate or --unet_lr."
-            )
-        problems += check_optimizer(args.optimizer_type, args.optimizer_args, given)
-    problems += tracking_problems(tracking_settings(args))
-    if args.metadata_thumbnail:
-        problems += _problems_of(lambda: thumbnail_url(args.metadata_thumbnail))
-    return problems
-
-
-def data_problems(args: argparse.Namespace, index: DatasetIndex) -> list[str]:
-    """What in the dataset goes against the options. Its own warnings are logged."""
-    for warning in index.warnings:
-        logger.warning(warning)
-    subsets = [subset for dataset in index.training for subset in dataset.settings.subsets]
-    if args.masked_loss and not any(subset.alpha_mask or subset.style == "mask" for subset in subsets):
-        logger.warning(
-            "--masked_loss changes nothing: no subset has masks. Give conditioning_data_dir, or alpha_mask for alpha channels."
-        )
-    problems = frozen_chance(index.training) if args.cache_latents else []
-    if args.cache_text_encoder_outputs:
-        problems += _problems_of(lambda: refuse_lost_chance(index.training, args.text_cache_variants))
-    return problems
-
-
-def run_seed(args: argparse.Namespace, state: SavedState | None) -> int:
+def run_seed(seed: int | None, state: SavedState | None) -> int:
     """--seed; without it that of the state to resume from, or a random one."""
-    if args.seed is not None:
-        return args.seed
-    return random.SystemRandom().randrange(2**32) if state is None else state.options["seed"]
+    if seed is not None:
+        return seed
+    return random.SystemRandom().randrange(2**32) if state is None else int(state.options["seed"])
 
 
-def index_data(args: argparse.Namespace, seed: int) -> DatasetIndex:
-    """The datasets of `--dataset_config` or of the command line, from headers."""
-    names = {field.name for field in fields(CommandLineData)}
-    command_line = CommandLineData(**{name: value for name, value in vars(args).items() if name in names})
-    datasets = read_datasets(args.dataset_config, command_line)
-    return build_index(
-        datasets, cache_dir=path_or_none(args.cache_dir), skip_bad_images=args.skip_bad_images, seed=seed
-    )
+def preview_prompts(path: str | None) -> list[PreviewPrompt]:
+    """The prompts of --sample_prompts. UserError lists what is wrong with the file."""
+    return read_prompts(path, SAMPLERS, KNOWN_SAMPLERS) if path else []
 
 
-def learning_rates(args: argparse.Namespace, train_t5xxl: bool) -> LearningRates:
-    return LearningRates.from_options(
-        args.learning_rate,
-        args.unet_lr,
-        args.text_encoder_lr,
-        args.network_train_unet_only,
-        args.network_train_text_encoder_only,
-        train_t5xxl,
-    )
+def trained_rates(settings: PlanSettings, inspector: ModelInspector[Files]) -> LearningRates:
+    """The rate of each part; with --dim_from_weights 0 for each that the file has no LoRA for."""
+    rates = settings.rates.rates(inspector.trains_t5xxl())
+    network = settings.network
+    return rates_of_file(rates, network.weights) if network.dim_from_weights and network.weights else rates
 
 
 def rates_of_file(rates: LearningRates, path: str) -> LearningRates:
-    """With --dim_from_weights: a part of which the file has no LoRA is not trained, and this is said."""
+    """The rates with 0 for each part that a LoRA file lacks, with a warning."""
     try:
         parts = parts_of(names_in_file(path))
     except UserError:
-        return rates  # what is wrong with the file is told with all else about the network
+        return rates  # network_problems reports what is wrong with the file
     for part, title in PARTS.items():
         if rates.of(part) > 0 and part not in parts:
             logger.warning("--dim_from_weights: %s has no LoRA for %s: it is not trained.", path, title)
     return rates.only(parts)
+
+
+def setting_problems(settings: PlanSettings, rates: LearningRates | None) -> list[str]:
+    """Problems of options that need neither model nor dataset. rates: None where they are wrong themselves."""
+    problems = check_flow(settings.flow) + check_loss(settings.loss)
+    if rates is not None:
+        trained = [rate for rate in (*rates.text_encoders, rates.unet) if rate > 0]
+        if not trained:
+            problems.append(
+                "Nothing would be trained: the learning rate of every part is 0, or --dim_from_weights has no LoRA for the others."
+                " Raise --learning_rate or --unet_lr."
+            )
+        problems += check_optimizer(settings.optimizer.name, settings.optimizer.args, trained)
+    thumbnail = settings.thumbnail
+    if thumbnail:
+        collect_errors(problems, lambda: thumbnail_url(thumbnail))
+    return problems
+
+
+def _check_models(
+    problems: list[str],
+    settings: PlanSettings,
+    inspector: ModelInspector[Files],
+    files: Files,
+    rates: LearningRates | None,
+    sizes: list[Size],
+) -> OutputSize | None:
+    """Check the model's files and make the network on the meta device; the size of its file, None where that is unknown."""
+    wrong = inspector.network_problems(files) + inspector.model_problems(files, sizes)
+    problems += wrong
+    if rates is None or wrong or not any((rates.unet, *rates.text_encoders)):
+        return None
+    models = inspector.meta_models(files, rates)
+    numbers = collect_errors(problems, lambda: validate_on_meta(settings.network, *models))
+    return OutputSize(numbers or 0, settings.number_bytes, inspector.saved_encoder_bytes(files))
 
 
 def _sizes(index: DatasetIndex | None, prompts: list[PreviewPrompt]) -> list[Size]:
@@ -232,38 +251,34 @@ def _sizes(index: DatasetIndex | None, prompts: list[PreviewPrompt]) -> list[Siz
     return sorted({size for d in datasets for size in d.buckets} | {(p.width, p.height) for p in prompts})
 
 
-def _texts_are_cached(args: argparse.Namespace, family: ModelChecks, files: Any, rates: LearningRates) -> bool:
-    trains = dict(zip(family.encoder_names(), rates.trained_text_encoders))
-    roles = encoder_roles(family.present_encoders(files), trains, args.cache_text_encoder_outputs)
-    return bool(roles.ahead)
+def _caption_bytes(
+    settings: PlanSettings, inspector: ModelInspector[Files], files: Files | None, rates: LearningRates | None
+) -> int:
+    """Bytes of a caption's cached outputs; 0 where none are cached or that is unknown."""
+    if files is None or rates is None:
+        return 0
+    trains = dict(zip(inspector.encoder_names(), rates.trained_text_encoders))
+    roles = encoder_roles(inspector.present_encoders(files), trains, settings.texts is not None)
+    return inspector.caption_bytes(files) if roles.ahead else 0
 
 
-def _plan(
-    args: argparse.Namespace,
-    files: Any,
-    index: DatasetIndex,
-    rates: LearningRates,
-    prompts: list[PreviewPrompt],
-    seed: int,
-    world_size: int,
-) -> RunPlan:
-    training = BatchPlan(index.training, seed, world_size)
+def _batch_plans(index: DatasetIndex, seed: int, world_size: int) -> tuple[BatchPlan, BatchPlan | None]:
+    """Of training and of validation, None without images to validate on."""
     validation = BatchPlan(index.validation, seed, world_size, shuffle=False) if index.validation else None
-    length = run_length(
-        training.batches_per_epoch, args.gradient_accumulation_steps, args.max_train_steps, args.max_train_epochs
+    return BatchPlan(index.training, seed, world_size), validation
+
+
+def _length_problems(settings: PlanSettings, length: RunLength) -> list[str]:
+    scheduler, optimizer = replace(settings.scheduler, total_steps=length.max_steps), settings.optimizer
+    return start_problems(settings.length, length) + check_schedule(
+        scheduler, optimizer.learning_rate, optimizer.name, optimizer.args
     )
-    return RunPlan(files, index, training, validation, length, rates, prompts, seed)
 
 
-def _try(problems: Problems, do: Callable[[], T]) -> T | None:
-    try:
-        return do()
-    except UserError as error:
-        problems.collect(error)
-        return None
-
-
-def _problems_of(do: Callable[[], object]) -> list[str]:
-    problems = Problems()
-    _try(problems, do)
-    return problems.found
+def _resume_problems(
+    settings: PlanSettings, state: SavedState, index: DatasetIndex, seed: int, length: RunLength
+) -> list[str]:
+    check = settings.resume
+    options = {**check.options, "seed": seed, "dataset": dataset_fingerprint(index.training)}
+    last = None if settings.length.sets_start else length.max_steps
+    return resume_problems(state, options, last, check.undecided, check.is_whole)

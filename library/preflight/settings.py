@@ -1,21 +1,45 @@
-"""From the command line's Namespace to the small frozen settings that the rooms below take. `args` goes no further."""
+"""From the command line's Namespace to the frozen settings of the packages below. `args` goes no further.
+
+One function for each settings class, in the order of the layers; `planned_options` is the only way in which options change
+after parsing, and it returns a copy.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
+from library.caching.latents import LatentCacheSettings
+from library.caching.text import TextCacheSettings
+from library.data.command_line import CommandLineData
+from library.data.records import dataset_fingerprint
 from library.flow.loss import LossSettings
 from library.flow.timesteps import FlowSettings
 from library.memory.apply import MemorySettings
 from library.memory.checkpointing import CheckpointSettings
-from library.monitoring.trackers import TrackingSettings, chosen_trackers, log_folder
-from library.options.table import OPTIONS
+from library.memory.estimator.table import MemoryPlan
+from library.preflight.dataset import DataSettings
+from library.preflight.disk_space import OptimizerSettings, OutputSettings
+from library.preflight.inspector import Files
+from library.preflight.memory import PlannerSettings
+from library.preflight.memory_profile import ProfileSettings
+from library.preflight.network import NetworkSettings
+from library.preflight.plan import PlanSettings, RateSettings, ResumeCheck, RunPlan
+from library.preflight.run_length import LengthSettings
+from library.preflight.sd3_inspector import Sd3Settings
+from library.saving.determining_options import determining_options
 from library.saving.hub import HubSettings
+from library.saving.resume import ResumeSettings
+from library.saving.text_encoders import encoders_to_save
 from library.training.schedulers import SchedulerSettings
-from library.training.train_progress import TrainProgress
+
+LEFT_TO_THE_PLANNER = ("fp8_base", "fp8_base_unet", "t5xxl_device")  # --memory_plan chooses them
+
+
+Item = TypeVar("Item")
 
 
 def path_or_none(text: str | None) -> Path | None:
@@ -58,7 +82,7 @@ def hub_settings(args: argparse.Namespace) -> HubSettings | None:
 def base_weight_files(args: argparse.Namespace) -> list[tuple[str, float]]:
     """The paths of --base_weights with their strengths: 1.0 for those that have none."""
     paths, strengths = args.base_weights or [], args.base_weights_multiplier or []
-    return [(path, strengths[place] if place < len(strengths) else 1.0) for place, path in enumerate(paths)]
+    return [(path, strengths[index] if index < len(strengths) else 1.0) for index, path in enumerate(paths)]
 
 
 def checkpoint_settings(args: argparse.Namespace) -> CheckpointSettings | None:
@@ -99,50 +123,6 @@ def scheduler_settings(args: argparse.Namespace, total_steps: int) -> SchedulerS
     )
 
 
-@dataclass(frozen=True)
-class RunLength:
-    """How long the run is, in optimizer steps."""
-
-    steps_per_epoch: int
-    max_steps: int
-    epochs: int
-
-
-def run_length(
-    batches_per_epoch: int, accumulation: int, max_train_steps: int, max_train_epochs: int | None
-) -> RunLength:
-    """batches_per_epoch: micro-batches of one process. An epoch's last optimizer step may be made of fewer of them."""
-    steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
-    max_steps = max_train_epochs * steps_per_epoch if max_train_epochs else max_train_steps
-    return RunLength(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))
-
-
-def given_start(args: argparse.Namespace, length: RunLength) -> TrainProgress | None:
-    """Where --initial_step or --initial_epoch (counted from 1) put the first step; None where neither is given.
-
-    The epoch that the step lies in begins with its first batch, or with --skip_until_initial_step at that step's own.
-    """
-    if args.initial_step is None and args.initial_epoch is None:
-        return None
-    first_of_epoch = ((args.initial_epoch or 1) - 1) * length.steps_per_epoch
-    step = first_of_epoch if args.initial_step is None else args.initial_step
-    epoch, steps_in_epoch = divmod(step, length.steps_per_epoch)
-    batch = steps_in_epoch * args.gradient_accumulation_steps if args.skip_until_initial_step else 0
-    return TrainProgress(epoch, batch, step)
-
-
-def start_problems(args: argparse.Namespace, length: RunLength) -> list[str]:
-    """A start that lies at the end or beyond it."""
-    start = given_start(args, length)
-    if start is None or start.step < length.max_steps:
-        return []
-    name = "initial_epoch" if args.initial_step is None else "initial_step"
-    return [
-        f"--{name} {getattr(args, name)} starts at step {start.step}, but the run ends at step {length.max_steps}. "
-        "Lower it, or raise --max_train_steps or --max_train_epochs."
-    ]
-
-
 def memory_advice(args: argparse.Namespace, whole_copies: bool = False) -> list[str]:
     """Options that the run does not use yet and that lower its peak, in order of what they cost.
 
@@ -171,14 +151,220 @@ def memory_advice(args: argparse.Namespace, whole_copies: bool = False) -> list[
     return [text for useful, text in steps if useful]
 
 
-def tracking_settings(args: argparse.Namespace) -> TrackingSettings:
-    secrets = [getattr(args, option.dest, None) for option in OPTIONS if option.secret]
-    return TrackingSettings(
-        chosen_trackers(args.log_with, args.logging_dir),
-        log_folder(args.logging_dir, args.log_prefix),
-        args.log_tracker_name or "network_train",
-        args.wandb_run_name,
-        Path(args.log_tracker_config) if args.log_tracker_config else None,
-        args.wandb_api_key,
-        tuple(secret for secret in secrets if secret),
+# --- the plan of a run -------------------------------------------------------------------------------------------
+
+
+def plan_settings(args: argparse.Namespace) -> PlanSettings:
+    """All that `plan_run` takes of the options."""
+    return PlanSettings(
+        data=data_settings(args),
+        network=network_settings(args),
+        rates=rate_settings(args),
+        optimizer=optimizer_settings(args),
+        scheduler=scheduler_settings(args, total_steps=0),
+        length=length_settings(args),
+        output=output_settings(args),
+        flow=flow_settings(args),
+        loss=loss_settings(args),
+        has_model=bool(args.pretrained_model_name_or_path),
+        number_bytes=2 if args.full_fp16 or args.full_bf16 else 4,
+        latents=latent_cache_settings(args) if args.cache_latents else None,
+        texts=text_cache_settings(args) if args.cache_text_encoder_outputs else None,
+        sample_prompts=args.sample_prompts,
+        thumbnail=args.metadata_thumbnail,
+        seed=args.seed,
+        resume=ResumeCheck(
+            determining_options(args), LEFT_TO_THE_PLANNER if args.memory_plan else (), not args.resume_from_huggingface
+        ),
     )
+
+
+def data_settings(args: argparse.Namespace) -> DataSettings:
+    names = {field.name for field in fields(CommandLineData)}
+    return DataSettings(
+        dataset_config=args.dataset_config,
+        command_line=CommandLineData(**{name: value for name, value in vars(args).items() if name in names}),
+        cache_dir=path_or_none(args.cache_dir),
+        skip_bad_images=args.skip_bad_images,
+        masked_loss=args.masked_loss,
+        caches_latents=args.cache_latents,
+        caches_text=args.cache_text_encoder_outputs,
+        text_cache_variants=args.text_cache_variants,
+    )
+
+
+def network_settings(args: argparse.Namespace) -> NetworkSettings:
+    return NetworkSettings(
+        module=args.network_module,
+        args=_tuple(args.network_args),
+        dim=args.network_dim,
+        alpha=args.network_alpha,
+        dropout=args.network_dropout,
+        weights=args.network_weights,
+        dim_from_weights=args.dim_from_weights,
+        save_format=args.save_format,
+    )
+
+
+def rate_settings(args: argparse.Namespace) -> RateSettings:
+    return RateSettings(
+        args.learning_rate,
+        args.unet_lr,
+        _tuple(args.text_encoder_lr),
+        args.network_train_unet_only,
+        args.network_train_text_encoder_only,
+    )
+
+
+def optimizer_settings(args: argparse.Namespace) -> OptimizerSettings:
+    return OptimizerSettings(args.optimizer_type, args.learning_rate, _tuple(args.optimizer_args))
+
+
+def length_settings(args: argparse.Namespace) -> LengthSettings:
+    return LengthSettings(
+        accumulation=args.gradient_accumulation_steps,
+        max_train_steps=args.max_train_steps,
+        max_train_epochs=args.max_train_epochs,
+        initial_step=args.initial_step,
+        initial_epoch=args.initial_epoch,
+        skip_until_initial_step=args.skip_until_initial_step,
+    )
+
+
+def output_settings(args: argparse.Namespace) -> OutputSettings:
+    return OutputSettings(
+        output_dir=args.output_dir,
+        save_format=args.save_format,
+        save_precision=args.save_precision,
+        every_n_epochs=args.save_every_n_epochs,
+        epoch_ratio=args.save_n_epoch_ratio,
+        every_n_steps=args.save_every_n_steps,
+        every_n_minutes=args.save_every_n_minutes,
+        last_n_epochs=args.save_last_n_epochs,
+        last_n_steps=args.save_last_n_steps,
+        last_n_epochs_state=args.save_last_n_epochs_state,
+        last_n_steps_state=args.save_last_n_steps_state,
+        saves_states=bool(args.save_state),
+        saves_final_state=bool(args.save_state_on_train_end),
+        keeps_average=bool(args.ema_decay),
+        saves_average_beside=args.ema_save == "beside",
+    )
+
+
+def sd3_settings(args: argparse.Namespace) -> Sd3Settings:
+    return Sd3Settings(
+        checkpoint=args.pretrained_model_name_or_path,
+        clip_l=args.clip_l,
+        clip_g=args.clip_g,
+        t5xxl=args.t5xxl,
+        vae=args.vae,
+        tokenizer_cache_dir=args.tokenizer_cache_dir,
+        t5_tokens=args.t5xxl_max_token_length,
+        t5_device=args.t5xxl_device,
+        t5_dtype=args.t5xxl_dtype,
+        fp8_t5=args.fp8_base and not args.fp8_base_unet,
+        whole_vae=args.no_half_vae,
+        scaled_pos_embed=args.enable_scaled_pos_embed,
+        compile_backend=args.dynamo_backend if args.torch_compile else None,
+        fp8_matmul=args.fp8_matmul,
+        train_unet_only=args.network_train_unet_only,
+        scale_weight_norms=args.scale_weight_norms,
+        base_weights=tuple(args.base_weights or ()),
+        saved_encoders=tuple(encoders_to_save(args.save_clip, args.save_t5xxl)),
+    )
+
+
+# --- caches ------------------------------------------------------------------------------------------------------
+
+
+def text_cache_settings(
+    args: argparse.Namespace, fingerprint: str = "", seed: int = 0, bytes_each: int = 0
+) -> TextCacheSettings:
+    """fingerprint: of the encoders. bytes_each: of the outputs for one caption."""
+    return TextCacheSettings(
+        fingerprint=fingerprint,
+        variants=args.text_cache_variants,
+        seed=seed,
+        on_disk=args.cache_text_encoder_outputs_to_disk,
+        cache_dir=path_or_none(args.cache_dir),
+        trust=args.skip_cache_check,
+        bytes_each=bytes_each,
+    )
+
+
+def latent_cache_settings(args: argparse.Namespace, fingerprint: str = "") -> LatentCacheSettings:
+    """fingerprint: of the VAE."""
+    return LatentCacheSettings(
+        fingerprint=fingerprint,
+        on_disk=args.cache_latents_to_disk,
+        cache_dir=path_or_none(args.cache_dir),
+        trust=args.skip_cache_check,
+        skip_bad_images=args.skip_bad_images,
+    )
+
+
+# --- the memory planner ------------------------------------------------------------------------------------------
+
+
+def planner_settings(args: argparse.Namespace) -> PlannerSettings:
+    number = args.blocks_to_swap if args.blocks_to_swap != "auto" else None
+    return PlannerSettings(
+        profile=profile_settings(args),
+        plans_all=args.memory_plan == "auto",
+        plans_swap=args.blocks_to_swap == "auto",
+        blocks_to_swap=number,
+        checkpointing=checkpoint_settings(args),
+        lean_activations=args.lean_activations,
+        compiles=args.torch_compile,
+        quantization="fp8" if args.fp8_base else args.base_quantization,
+        vram=args.vram,
+    )
+
+
+def profile_settings(args: argparse.Namespace) -> ProfileSettings:
+    return ProfileSettings(
+        network=network_settings(args),
+        optimizer=optimizer_settings(args),
+        caches_latents=args.cache_latents,
+        caches_text=args.cache_text_encoder_outputs,
+        keeps_average=bool(args.ema_decay),
+        checkpoints_encoders=args.gradient_checkpointing,
+        highvram=args.highvram,
+        vae_batch_size=args.vae_batch_size,
+        text_encoder_batch_size=args.text_encoder_batch_size or 1,
+        for_gpu=args.vram is not None,
+    )
+
+
+def planned_options(args: argparse.Namespace, plan: MemoryPlan) -> argparse.Namespace:
+    """A copy of the options with the planner's choice in them, as if it had been on the command line."""
+    chosen, values = plan.levers, dict(vars(args))
+    values["blocks_to_swap"] = chosen.swap or None
+    values["gradient_checkpointing"] = chosen.policy != "none"
+    values["gradient_checkpointing_blocks"] = chosen.checkpointed if 0 < chosen.checkpointed < plan.depth else None
+    values["selective_checkpointing"] = chosen.policy == "selective"
+    values["cpu_offload_checkpointing"] = chosen.offload
+    values["lean_activations"] = chosen.lean
+    if chosen.quantisation == "fp8" and not args.fp8_base:
+        values["fp8_base"] = values["fp8_base_unet"] = True
+    if plan.t5_on_cpu:
+        values["t5xxl_device"] = "cpu"
+    return argparse.Namespace(**values)
+
+
+# --- saving and resuming -----------------------------------------------------------------------------------------
+
+
+def resume_settings(args: argparse.Namespace) -> ResumeSettings:
+    return ResumeSettings(
+        args.resume, bool(args.resume_from_huggingface), args.output_dir, args.output_name, args.huggingface_token
+    )
+
+
+def state_options(args: argparse.Namespace, plan: RunPlan[Files]) -> dict[str, object]:
+    """What a state records, and a resumed run must have alike: the options that determine the weights, the seed, the dataset."""
+    return {**determining_options(args), "seed": plan.seed, "dataset": dataset_fingerprint(plan.index.training)}
+
+
+def _tuple(values: Iterable[Item] | None) -> tuple[Item, ...] | None:
+    return None if values is None else tuple(values)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from library.preflight.plan import RunPlan
 
 # Where files go, what is logged and shown, how long the run is, and how memory is saved: the weights do not depend on these.
 FREE = frozenset(
@@ -115,22 +110,6 @@ FREE = frozenset(
 )
 
 
-def options_that_shape(args: argparse.Namespace, plan: RunPlan) -> dict[str, Any]:
-    """The options that decide the weights, with the seed in force and a fingerprint of what is trained on."""
-    chosen = {
-        name: value for name, value in vars(args).items() if name not in FREE and not name.startswith("metadata_")
-    }
-    return {**chosen, "seed": plan.seed, "dataset": dataset_fingerprint(plan)}
-
-
-def dataset_fingerprint(plan: RunPlan) -> str:
-    """Changes with the images, their captions, buckets and repeats, and with the settings of their subsets."""
-    digest = hashlib.blake2b(digest_size=12)
-    for dataset in plan.index.training:
-        digest.update(repr(dataset.settings.batch_size).encode())
-        for subset in dataset.settings.subsets:
-            digest.update(repr(subset).encode())
-        for record in dataset.records:
-            facts = (record.path, record.file_size, record.caption, record.bucket, record.repeats)
-            digest.update(repr(facts).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+def determining_options(args: argparse.Namespace) -> dict[str, object]:
+    """The options that decide the weights. The seed in force and the dataset's fingerprint come beside them."""
+    return {name: value for name, value in vars(args).items() if name not in FREE and not name.startswith("metadata_")}

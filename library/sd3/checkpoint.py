@@ -86,9 +86,9 @@ def locate_parts(
             parts[name] = _separate(name, file, problems) if file is not None else None
     found = {name: part for name, part in parts.items() if part is not None}
     for part in found.values():
-        problems.found.extend(check_text_encoder(part) if part.name in ENCODERS else core_problems(part))
+        problems.problems.extend(check_text_encoder(part) if part.name in ENCODERS else core_problems(part))
     problems.raise_if_any()
-    problems.found.extend(fit_problems(found))
+    problems.problems.extend(fit_problems(found))
     problems.raise_if_any()
     return ModelFiles(found["mmdit"], parts["clip_l"], parts["clip_g"], parts["t5xxl"], parts["vae"])
 

@@ -20,8 +20,8 @@ from library.caching.text import TextCache, TextCacheSettings, refuse_lost_chanc
 from library.common.errors import UserError
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
+from library.data.images import shrink_mask
 from library.data.index import build_index
-from library.data.masks import shrink_mask
 from library.data.records import IndexedDataset
 
 

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.common.errors import UserError
-from library.data.prompts import PreviewPrompt, read_prompts
+from library.data.prompts import PreviewPrompt
+from library.data.prompts import read_prompts as read_prompts_with
+from library.flow.samplers import SAMPLERS
+from library.options.groups.sampling import SAMPLERS as KNOWN_SAMPLERS
+
+
+def read_prompts(path: Path) -> list[PreviewPrompt]:
+    return read_prompts_with(path, SAMPLERS, KNOWN_SAMPLERS)
 
 
 def prompts_of(folder: Path, text: str, ending: str = ".txt") -> list[PreviewPrompt]:

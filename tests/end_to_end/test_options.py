@@ -17,18 +17,20 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from library.network_trainer import tracking_settings
 from library.options.option import Kind, Option
 from library.options.resolve import resolve_options
 from library.options.table import BY_NAME, OPTIONS
 from library.preflight.plan import plan_run
+from library.preflight.run_length import initial_progress
 from library.preflight.settings import (
     base_weight_files,
     checkpoint_settings,
     flow_settings,
-    given_start,
+    length_settings,
     loss_settings,
+    plan_settings,
     scheduler_settings,
-    tracking_settings,
 )
 from library.sd3_trainer import Sd3NetworkTrainer
 from sd3_train_network import main
@@ -103,7 +105,7 @@ def planned(workshop: Workshop, folder: Path, words: list[str]) -> dict[str, str
     resolved = resolve_options(workshop.arguments(folder, *words, max_train_steps=9))
     trainer = Sd3NetworkTrainer(resolved.args, resolved.problems)
     trainer.start_processes()
-    trainer.plan = plan_run(resolved.args, trainer, trainer.problems)
+    trainer.plan = plan_run(plan_settings(resolved.args), trainer.make_inspector(), trainer.problems)
     args, plan = resolved.args, trainer.plan
     return {
         "length": repr(plan.length),
@@ -117,7 +119,7 @@ def planned(workshop: Workshop, folder: Path, words: list[str]) -> dict[str, str
         "checkpointing": repr(checkpoint_settings(args)),
         "schedule": repr(scheduler_settings(args, plan.length.max_steps)),
         "tracking": TIME.sub("TIME", repr(tracking_settings(args))),
-        "start": repr(given_start(args, plan.length)),
+        "start": repr(initial_progress(length_settings(args), plan.length)),
         "base weights": repr(base_weight_files(args)),
         "folder": args.output_dir,
     }

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from library.data.prompts import read_prompts
+from library.flow.samplers import SAMPLERS
 from library.sd3.checkpoint import ModelFiles, locate_parts
 from library.sd3.conditioning import ContextSizes
 from library.sd3.models import load_mmdit, load_vae
@@ -146,7 +147,7 @@ def test_training_shows_every_colour_and_place_about_as_often() -> None:
 def test_no_preview_asks_for_a_picture_that_was_trained_on(demo: Path) -> None:
     trained = {(scene.colour, scene.place) for scene in train_scenes()}
     assert not trained & {(zorp.colour, zorp.place) for zorp, _ in PREVIEW_SCENES}
-    prompts = read_prompts(demo / "prompts.txt")
+    prompts = read_prompts(demo / "prompts.txt", SAMPLERS)
     with_trigger = [TRIGGER in prompt.prompt for prompt in prompts]
     assert with_trigger == [True, False] * len(PREVIEW_SCENES)
     assert {(prompt.width, prompt.height) for prompt in prompts} == {(64, 64)}
