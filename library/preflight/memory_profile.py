@@ -32,7 +32,7 @@ from library.preflight.inspector import Files, MemoryParts, ModelInspector
 from library.preflight.network import NetworkSettings, make_network
 from library.preflight.plan import RunPlan
 from library.training.precision import Precision
-from networks.lora import LoRANetwork
+from networks.network import Network
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ class MemoryProfile(Generic[Files]):
         network.detach()  # the encoders have their network already
         return True
 
-    def _denoiser_and_network(self, quantization: str | None) -> tuple[nn.Module, LoRANetwork]:
+    def _denoiser_and_network(self, quantization: str | None) -> tuple[nn.Module, Network]:
         model = self.parts.denoiser(quantization)
         return model, self._network(model if self.plan.rates.unet > 0 else None)
 
-    def _network(self, denoiser: nn.Module | None) -> LoRANetwork:
+    def _network(self, denoiser: nn.Module | None) -> Network:
         """The attached network on the meta device. The weights that it starts with take no memory of their own."""
         settings = self.settings.network
         settings = settings if settings.dim_from_weights else replace(settings, weights=None)

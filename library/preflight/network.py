@@ -17,7 +17,7 @@ from networks.diffusers_layout import diffusers_problems
 from networks.network_modules import network_module
 
 if TYPE_CHECKING:
-    from networks.lora import LoRANetwork
+    from networks.network import Network
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class NetworkSettings:
 
 def make_network(
     settings: NetworkSettings, encoders: Sequence[nn.Module | None], denoiser: nn.Module | None
-) -> LoRANetwork:
+) -> Network:
     """Make the network of --network_module, filled from --network_weights, not yet attached.
 
     encoders: in the family's order, None for each that is not trained. denoiser: None when it is not trained. UserError where
@@ -81,7 +81,7 @@ def validate_on_meta(
     return sum(_numbers_by_key(network).values())
 
 
-def _numbers_by_key(network: LoRANetwork) -> dict[str, int]:
+def _numbers_by_key(network: Network) -> dict[str, int]:
     """How many numbers each tensor of the network's file has."""
     return {
         f"{name}.{suffix}": tensor.numel()
