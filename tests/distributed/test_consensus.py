@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from library.distributed.consensus import Agreement
+from tests.warm_processes import run_ranks
 
 
 def test_a_single_process_acts_at_once() -> None:
@@ -27,7 +27,7 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_what_one_process_notices_all_do_one_step_later(tmp_path: Path) -> None:
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    run_ranks(_work, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert found[0] == found[1]
     assert [step for step, answers in enumerate(found[0]) if answers[0]] == [3]

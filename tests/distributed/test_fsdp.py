@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from library.distributed.fsdp import ShardedModel, ShardSettings, mesh_shape, weight_bytes
@@ -17,6 +16,7 @@ from library.memory.apply import MemorySettings, arrange
 from library.memory.checkpointing import CheckpointSettings
 from library.sd3.mmdit import MMDiT
 from tests.sd3.tiny import fill_with_noise, tiny_mmdit_config
+from tests.warm_processes import run_ranks
 
 CPU = torch.device("cpu")
 RECOMPUTED = CheckpointSettings()
@@ -117,7 +117,7 @@ def _with_a_block_dropped_out(rank: int) -> bool:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("sharding")
-    mp.spawn(_compare, (str(folder),), nprocs=2)
+    run_ranks(_compare, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

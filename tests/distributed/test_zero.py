@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from library.distributed.gradients import GradientReducer
 from library.distributed.zero import build_shared_optimizer, can_be_shared, owners_of
 from library.training.optimizers import OptimizerBundle, build_optimizer
+from tests.warm_processes import run_ranks
 
 SIZES = (4096, 128, 64, 4096, 4224)  # 8-bit states begin at 4096
 NAMES = ("AdamW", "AdamW8bit", "SGDNesterov", "Lion")
@@ -83,7 +83,7 @@ def _work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("optimizer")
-    mp.spawn(_work, (str(folder),), nprocs=2)
+    run_ranks(_work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.docs.test_guides import blocks, with_paths, words_of
 from tests.end_to_end.conftest import ROOT, Workshop, workshop  # noqa: F401 (a fixture)
 from tests.end_to_end.launching import finished, free_port, launch
 from tests.end_to_end.test_resume import weights
+from tests.warm_processes import Process
 
 GUIDE = "distributed.md"
 COMMANDS = blocks(GUIDE, "bash")
@@ -72,7 +72,7 @@ class Machines:
     def __init__(self, model: Workshop, folder: Path):
         self.model, self.folder = model, folder
 
-    def start(self, *more: str) -> list[subprocess.Popen[str]]:
+    def start(self, *more: str) -> list[Process]:
         port, started = str(free_port()), []
         for rank in ("0", "1"):
             given = {"--machine_rank": rank, "--main_process_ip": "127.0.0.1", "--main_process_port": port}

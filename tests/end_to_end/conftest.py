@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.sd3.tiny import tiny_model_folder
+from tests.warm_processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(64, 64), (80, 64), (64, 96), (70, 70), (96, 64), (64, 64)]
@@ -73,15 +72,8 @@ batch_size = 2
     return Workshop(folder, tiny_model_folder(folder / "model", "5-medium"), dataset)
 
 
-def run_command(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the real script in a process of its own. launcher: words in place of `python`."""
-    words = list(launcher) or [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*words, str(ROOT / "sd3_train_network.py"), *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def run_command(
+    arguments: list[str], launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the real script in a process of its own. launcher: words between `python` and the script."""
+    return run_python([*launcher, str(ROOT / "sd3_train_network.py"), *arguments], environment)

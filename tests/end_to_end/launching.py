@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.end_to_end.conftest import ROOT
+from tests.warm_processes import ROOT, Process, start_python
 
 CONFIGS = ROOT / "docs" / "configs"
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+ACCELERATE = ("-m", "accelerate.commands.launch")
 
 
 def free_port() -> int:
@@ -21,21 +20,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def launch(launcher: list[str], arguments: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def launch(launcher: list[str], arguments: list[str], more: dict[str, str] | None = None) -> Process:
     """Start `accelerate launch LAUNCHER sd3_train_network.py ARGUMENTS` on the CPU. more: environment variables."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        **(more or {}),
-    }
-    command = [*ACCELERATE, *launcher, str(ROOT / "sd3_train_network.py"), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    words = [*ACCELERATE, *launcher, str(ROOT / "sd3_train_network.py"), *arguments]
+    return start_python(words, {"ACCELERATE_USE_CPU": "true", **(more or {})})
 
 
-def finished(process: subprocess.Popen[str]) -> str:
+def finished(process: Process) -> str:
     """What it told; fails where it did not end well. One that hangs is ended: the launcher takes its processes along."""
     try:
         _, told = process.communicate(timeout=240)

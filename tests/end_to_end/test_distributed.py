@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from sd3_train_network import main
 from tests.end_to_end.conftest import Workshop, run_command
 from tests.end_to_end.test_resume import same, weights
 
-TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
 MORE = ("--network_train_unet_only", "--network_dropout", "0.1", "--t5_dropout_rate", "0.2", "--flip_aug")
 
 

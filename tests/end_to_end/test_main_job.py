@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,20 +16,23 @@ from safetensors.torch import load_file
 
 from library.sd3.checkpoint import locate_parts
 from sd3_train_network import main
-from tests.end_to_end.conftest import Workshop, run_command
+from tests.end_to_end.conftest import ROOT, Workshop, run_command
+from tests.warm_processes import QUIET
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1")
+SCRIPT = ROOT / "sd3_train_network.py"
 
 
 def test_the_guides_own_command_runs_as_it_stands(workshop: Workshop, tmp_path: Path):
-    """Section 4 of the guide with its three paths filled in. fp16 and 32 blocks are lowered with a warning each."""
+    """Section 4 of the guide with its three paths filled in, by a launcher and a Python of its own. fp16 and 32 blocks are lowered with a warning each."""
     words = f"""
         --pretrained_model_name_or_path={workshop.model} --clip_l= --clip_g= --t5xxl= --dataset_config={workshop.dataset}
         --output_dir={tmp_path} --output_name=my_sd3_lora --save_model_as=safetensors --network_module=networks.lora
         --network_dim=16 --network_alpha=1 --learning_rate=1e-4 --optimizer_type=AdamW8bit --lr_scheduler=constant --sdpa
         --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision=fp16 --gradient_checkpointing
         --weighting_scheme=sigma_sqrt --blocks_to_swap=32""".split()
-    done = run_command(words, LAUNCH)
+    environment = {**os.environ, **QUIET}
+    done = subprocess.run([*LAUNCH, SCRIPT, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bf16 is used instead" in done.stderr and "blocks_to_swap 32 is lowered" in done.stderr
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -125,7 +130,6 @@ def test_a_lora_of_real_photographs(workshop: Workshop, tmp_path: Path):
             *("--mixed_precision", "bf16", "--save_precision", "bf16", "--cache_latents", "--network_train_unet_only"),
             *("--learning_rate", "1e-3", "--cache_text_encoder_outputs"),
         ],
-        LAUNCH,
     )
     assert done.returncode == 0, done.stderr
     previews = sorted((tmp_path / "out" / "sample").glob("*.png"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from library.saving.state import newest_state
 from sd3_train_network import main
 from tests.end_to_end.conftest import ROOT, Workshop
+from tests.warm_processes import Process, start_python
 
 # Everything that draws random numbers, and a last batch and a last group that are short.
 EVERYTHING = (
@@ -83,10 +82,8 @@ def test_every_family_of_optimizers_resumes_exactly(workshop: Workshop, tmp_path
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "sd3_train_network.py"), *words]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+def start(words: list[str]) -> Process:
+    return start_python([str(ROOT / "sd3_train_network.py"), *words])
 
 
 def wait_for(condition, seconds: float = 120.0) -> None:

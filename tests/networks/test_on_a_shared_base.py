@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from library.distributed.fsdp import ShardedModel, ShardSettings
 from library.memory.checkpointing import CheckpointSettings, checkpointed
@@ -15,6 +14,7 @@ from library.sd3.mmdit import call_block
 from networks.lora_sd3 import first_block
 from tests.networks.models import tiny_mmdit
 from tests.networks.test_with_memory_savers import NETWORKS, attached, step
+from tests.warm_processes import run_ranks
 
 
 def _work(rank: int, folder: str) -> None:
@@ -45,7 +45,7 @@ def _work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bool]]:
     folder: Path = tmp_path_factory.mktemp("shared_base")
-    mp.spawn(_work, (str(folder),), nprocs=2)
+    run_ranks(_work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
