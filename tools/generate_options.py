@@ -9,7 +9,7 @@ from pathlib import Path
 from library.common.errors import UserError
 from library.data.prompts import PreviewPrompt, read_prompts
 from library.flow.samplers import SAMPLERS
-from library.options.groups.sampling import SAMPLERS as KNOWN_SAMPLERS
+from library.options.groups.monitoring import SAMPLERS as KNOWN_SAMPLERS
 from tools.lora_files import DTYPES, tool_parser
 
 SIDE_MULTIPLE = 16

@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 from library.common.files import write_text  # noqa: E402
 from library.options.option import METAVARS, Group, Kind, Option  # noqa: E402
 from library.options.table import GROUPS, OPTIONS  # noqa: E402
-from tools.option_help_ja import HELP, TITLES  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class Language:
     japanese: bool = False
 
     def group_title(self, group: Group) -> str:
-        return TITLES[group.title] if self.japanese else group.title
+        return group.title_ja if self.japanese else group.title
 
     def help(self, option: Option) -> str:
         if self.japanese:
-            return HELP[option.name]
+            return option.help_ja
         return f"{option.help} {option.reason[0].upper()}{option.reason[1:]}." if option.reason else option.help
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from library.distributed.fsdp import ShardSettings
-from library.options.groups.refused import NVME, OFFLOAD_OPTIMIZER
+from library.options.groups.compatibility import NVME, OFFLOAD_OPTIMIZER
 from library.training.train_progress import TrainProgress
 
 USES_FSDP, USES_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -20,23 +20,43 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Option:
-    """One option of the command line.
+    """One option of the command line, and all that the program knows about it apart from the code that uses it.
 
-    type reads one value from text; `bool` makes a switch that takes no value. `nargs` is None (one value) or "*" (a list).
-    help is whole sentences; the default and the choices are added where they are shown. `reason` says, for an option that
-    has no effect or is refused, why; it is a clause that follows "because".
+    type reads one value from text; `bool` makes a switch without a value. `nargs` is None (one value) or "*" (a list). The helps
+    are whole sentences; default and choices are added where they are shown. Other options are named by their dest.
     """
 
     flag: str
     help: str
+    help_ja: str
     type: Callable[[str], Any] = str
     default: Any = None
     choices: tuple[Any, ...] | None = None
     nargs: str | None = None
+
+    # The range of the value, or of each value of a list. "auto" and None are in every range.
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None  # an exclusive minimum
+    below: float | None = None  # an exclusive maximum
+    zero_is_off: bool = False  # an interval: 0 or less means None
+
+    # What it needs of other options
+    required: str = ""  # an error without it; says what it names
+    requires: tuple[str, ...] = ()  # an error without any of these
+    useless_without: tuple[str, ...] = ()  # a warning without any of these
+    replaced_by: str = ""  # a warning with this one, which takes its place
+    excludes: Mapping[str, str] = field(default_factory=dict, hash=False)  # option -> the reason of the error with it
+    default_of: str = ""  # the key of the dataset file that it is the default of (library/data/settings.py)
+
+    # What becomes of it
     kind: Kind = Kind.WORKS
-    reason: str = ""
-    secret: bool = False  # never written to a file or a log
-    turns_off: str = ""  # a switch that sets another switch to False: that one's name
+    reason: str = ""  # why it has no effect or is refused: a clause that follows "because"
+    turns_off: str = ""  # the switch that this switch sets to False
+    secret: bool = False  # never written to a file, a log, a command or metadata
+    resume_safe: bool = False  # a resumed run may change it: the weights do not depend on it
+    in_metadata: bool = False  # the LoRA file tells its value
+    in_resume_command: bool = True  # False: it says where or whether one run starts, or another option holds its value
 
     @property
     def name(self) -> str:
@@ -52,22 +72,37 @@ class Option:
     def is_switch(self) -> bool:
         return self.type is bool
 
+    @property
+    def has_range(self) -> bool:
+        return any(bound is not None for bound in (self.min, self.max, self.above, self.below))
+
+    def in_range(self, value: float) -> bool:
+        return (
+            (self.min is None or value >= self.min)
+            and (self.above is None or value > self.above)
+            and (self.max is None or value <= self.max)
+            and (self.below is None or value < self.below)
+        )
+
+    def range_text(self) -> str:
+        """The range as it follows "must be". A maximum never comes without a minimum."""
+        low = f"{self.min:g} or more" if self.above is None else f"above {self.above:g}"
+        if self.max is None and self.below is None:
+            return low
+        return f"{low} and {f'at most {self.max:.10g}' if self.below is None else f'below {self.below:.10g}'}"
+
 
 @dataclass(frozen=True)
 class Group:
     """Options of one concern, under one title in `--help` and in the option reference."""
 
     title: str
+    title_ja: str
     options: tuple[Option, ...]
 
 
-def switch(flag: str, help: str, kind: Kind = Kind.WORKS, reason: str = "", default: bool = False) -> Option:
-    """An option without a value: False until it is given."""
-    return Option(flag, help, bool, default, kind=kind, reason=reason)
-
-
 def path(text: str) -> str:
-    """A path as it stands. An empty one means not given (`normalise_options` makes it None)."""
+    """A path as it stands. An empty one means not given (`normalize_options` makes it None)."""
     return text
 
 

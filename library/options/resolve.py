@@ -1,4 +1,10 @@
-"""From the words of the command line to options that are whole: parsed, merged with the config file, filled in and checked."""
+"""The options of a run, whole: parsed, merged with the config file, normalized and checked. Open this file first.
+
+An option is one row (`option.py`) of the tables in `groups/`, which `table.py` puts in order. From the rows are made:
+the argparse parser (`parser.py`), the keys of `--config_file` (`config_file.py`), the implied values (`normalize.py`), the checks
+(`checks.py`), what a resume compares and metadata records (`values.py`), and the option reference (`tools/make_option_docs.py`).
+A new option is a row plus the code that uses it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ from dataclasses import dataclass
 
 from library.options.checks import check_options
 from library.options.config_file import config_path, read_config
-from library.options.normalise import normalise_options
+from library.options.normalize import normalize_options
 from library.options.parser import default_values, given_values
 
 
@@ -36,7 +42,7 @@ def resolve_options(argv: Sequence[str] | None = None) -> ResolvedOptions:
     if given.get("config_file") and not given.get("output_config"):
         config = read_config(config_path(given["config_file"]))
     values = {**default_values(), **config, **given}
-    args = argparse.Namespace(**values)
-    notes = normalise_options(args)
+    as_given = argparse.Namespace(**values)
+    args, notes = normalize_options(as_given)
     problems, warnings = check_options(args)
-    return ResolvedOptions(args, argparse.Namespace(**values), problems, notes + warnings)
+    return ResolvedOptions(args, as_given, problems, notes + warnings)

@@ -26,7 +26,7 @@ from library.data.table import table
 from library.flow.loss import LossSettings, check_loss
 from library.flow.samplers import SAMPLERS
 from library.flow.timesteps import FlowSettings, check_flow
-from library.options.groups.sampling import SAMPLERS as KNOWN_SAMPLERS
+from library.options.groups.monitoring import SAMPLERS as KNOWN_SAMPLERS
 from library.preflight.dataset import DataSettings, data_problems, index_data
 from library.preflight.disk_space import (
     OptimizerSettings,

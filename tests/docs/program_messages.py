@@ -22,7 +22,6 @@ LEFT_OUT = (
     "library/monitoring/report/charts.py",
     "tools/demo/dataset.py",
     "tools/make_option_docs.py",
-    "tools/option_help_ja.py",
     "tools/demo/pretrain.py",
 )
 SHOWN = {"text", "summary", "__str__"}  # functions that make what --dry_run and the log show

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from library.options.checks import EXCLUDES, NEEDS, REQUIRED, USELESS_WITH, USELESS_WITHOUT, check_options
-from library.options.limits import LIMITS, Limit
-from library.options.normalise import EVERY, normalise_options
+from library.options.checks import check_options
+from library.options.normalize import normalize_options
 from library.options.option import Kind, Option, finite, int_or_auto
 from library.options.parser import parse_arguments
 from library.options.resolve import ResolvedOptions, resolve_options
 from library.options.table import BY_NAME, OPTIONS
 
+REQUIRED = [option.name for option in OPTIONS if option.required]
+NEEDS = {option.name: option.requires for option in OPTIONS if option.requires}
+USELESS_WITHOUT = {option.name: option.useless_without for option in OPTIONS if option.useless_without}
+USELESS_WITH = {option.name: option.replaced_by for option in OPTIONS if option.replaced_by}
+EXCLUDES = [(option.name, other) for option in OPTIONS for other in option.excludes]
+RANGES = [option.name for option in OPTIONS if option.has_range]
+EVERY = [option.name for option in OPTIONS if option.zero_is_off]
 WHOLE = [
     "--pretrained_model_name_or_path=m",
     "--output_dir=o",
@@ -84,7 +90,7 @@ def test_an_option_that_does_nothing_without_another_warns(dest: str) -> None:
         assert not any(warning.startswith(said) for warning in warnings)
 
 
-@pytest.mark.parametrize(("one", "other"), [(one, other) for one, other, _ in EXCLUDES])
+@pytest.mark.parametrize(("one", "other"), EXCLUDES)
 def test_options_that_exclude_each_other_are_a_problem_together_alone(one: str, other: str) -> None:
     said = f"--{one} and --{other} can't be combined"
     both = resolve_options([*WHOLE, *example(one), *example(other)]).problems
@@ -103,26 +109,58 @@ def test_an_option_that_another_replaces_is_told(dest: str) -> None:
     assert not any("changes nothing with --" in told for told in resolve_options([*WHOLE, *example(dest)]).warnings)
 
 
-@pytest.mark.parametrize("dest", LIMITS)
+def test_the_tables_are_whole() -> None:
+    """The rows name so many ranges and relations; none is lost by moving a row."""
+    numbers = (
+        len(RANGES),
+        len(REQUIRED),
+        len(NEEDS),
+        len(USELESS_WITHOUT),
+        len(USELESS_WITH),
+        len(EXCLUDES),
+        len(EVERY),
+    )
+    assert numbers == (39, 3, 10, 22, 5, 9, 7)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_what_a_row_says_of_others_and_of_its_range_makes_sense(option: Option) -> None:
+    others = {*option.requires, *option.useless_without, *option.excludes} | ({option.replaced_by} - {""})
+    assert others <= {each.dest for each in OPTIONS} - {option.dest}
+    low = [bound for bound in (option.min, option.above) if bound is not None]
+    high = [bound for bound in (option.max, option.below) if bound is not None]
+    assert len(low) <= 1 and len(high) <= len(low)
+    assert not option.has_range or option.type in (int, finite, int_or_auto)
+    assert option.default is None or option.type not in (int, finite) or option.in_range(option.default)
+    assert (option.reason != "") == (option.kind is not Kind.WORKS)
+    assert not option.secret or (option.resume_safe and not option.in_metadata)
+
+
+@pytest.mark.parametrize("dest", RANGES)
 def test_a_number_out_of_its_range_is_a_problem_and_the_limit_itself_is_not(dest: str) -> None:
-    limit, whole = LIMITS[dest], BY_NAME[dest].type is not finite
+    option = BY_NAME[dest]
+    whole = option.type is not finite
     step = 1 if whole else 0.001
+    low = option.min if option.above is None else option.above
+    high = option.max if option.below is None else option.below
+    assert low is not None
 
     def told(value: float) -> bool:
         text = f"{value:.0f}" if whole else repr(value)
         return any(problem.startswith(f"--{dest} must be ") for problem in resolved(f"--{dest}={text}").problems)
 
-    assert told(limit.low - step)
-    assert told(limit.low) == limit.low_open and not told(limit.low + step)
-    if limit.high != float("inf"):
-        assert told(limit.high + step)
-        assert told(limit.high) == limit.high_open
+    assert told(low - step)
+    assert told(low) == (option.above is not None) and not told(low + step)
+    if high is not None:
+        assert told(high + step)
+        assert told(high) == (option.below is not None)
 
 
-def test_a_limit_reads_well() -> None:
-    assert Limit(1).text() == "1 or more"
-    assert Limit(0, 1, low_open=True, high_open=True).text() == "above 0 and below 1"
-    assert Limit(1, 512).text() == "1 or more and at most 512"
+def test_a_range_reads_well() -> None:
+    assert Option("--x", "", "", int, min=1).range_text() == "1 or more"
+    assert Option("--x", "", "", finite, above=0, below=1).range_text() == "above 0 and below 1"
+    assert Option("--x", "", "", int, min=1, max=512).range_text() == "1 or more and at most 512"
+    assert BY_NAME["seed"].range_text() == "0 or more and at most 4294967295"
 
 
 def test_each_of_several_values_is_checked() -> None:
@@ -202,5 +240,7 @@ def test_a_sampler_of_older_models_warns_and_the_default_does_not() -> None:
 @pytest.mark.parametrize("dest", EVERY)
 def test_an_interval_of_zero_is_never(dest: str) -> None:
     args = parse_arguments([f"--{dest}", "0"])
-    assert normalise_options(args) == [f"--{dest} 0 turns it off: intervals count from 1."]
-    assert getattr(args, dest) is None and not any(dest in problem for problem in check_options(args)[0])
+    before = dict(vars(args))
+    normalized, notes = normalize_options(args)
+    assert notes == [f"--{dest} 0 turns it off: intervals count from 1."] and vars(args) == before
+    assert getattr(normalized, dest) is None and not any(dest in problem for problem in check_options(normalized)[0])

@@ -1,8 +1,8 @@
-"""Options that trade time for memory, and those that make steps faster."""
+"""Options that trade time for memory, that make steps faster, and of several devices (see docs/distributed.md)."""
 
 from __future__ import annotations
 
-from library.options.option import Group, Option, finite, int_or_auto, switch
+from library.options.option import Group, Option, finite, int_or_auto
 
 DYNAMO_BACKENDS = (
     "eager",
@@ -20,76 +20,196 @@ DYNAMO_BACKENDS = (
 )
 T5_DTYPES = ("float32", "fp32", "float16", "fp16", "bfloat16", "bf16", "fp8", "int8", "nf4")
 
-GROUP = Group(
+MEMORY = Group(
     "Memory and speed",
+    "メモリと速度",
     (
         Option(
             "--memory_plan",
             "auto: estimate what the run needs, choose the fastest of the options below that fits the device, and print the table.",
-            str,
-            None,
-            ("auto",),
+            "auto: 必要なメモリを見積もり、デバイスに収まる最も速い組み合わせを選んで表にします。",
+            choices=("auto",),
+            resume_safe=True,
         ),
         Option(
             "--vram",
             "The device memory in GB that --memory_plan and --blocks_to_swap auto reckon with, instead of what the device has.",
+            "`--memory_plan`と`--blocks_to_swap auto`が前提とするデバイスメモリ(GB)。",
             finite,
+            above=0,
+            useless_without=("memory_plan", "blocks_to_swap"),
+            resume_safe=True,
         ),
         Option(
             "--blocks_to_swap",
             "How many transformer blocks stay in host memory and visit the device when they are needed; auto takes the fewest that fit. Above the model's limit (its blocks less two) it is lowered.",
+            "ホストメモリに置き、必要なときだけデバイスへ移すブロックの数。autoは収まる最少の数を選びます。上限(ブロック数-2)を超えると下げられます。",
             int_or_auto,
+            min=0,
+            excludes={"cpu_offload_checkpointing": "both keep things in host memory and would wait for each other"},
+            resume_safe=True,
         ),
-        switch(
+        Option(
             "--gradient_checkpointing",
             "Recompute each block's activations in the backward pass instead of keeping them: far less memory, a third to a half more time.",
+            "ブロックの中間値を保持せず逆伝播で再計算します。メモリは大きく減り、時間は3分の1から半分ほど増えます。",
+            bool,
+            False,
+            resume_safe=True,
+            in_metadata=True,
         ),
-        Option("--gradient_checkpointing_blocks", "Do so in this many blocks only.", int),
-        switch(
+        Option(
+            "--gradient_checkpointing_blocks",
+            "Do so in this many blocks only.",
+            "この数のブロックだけ再計算します。",
+            int,
+            min=1,
+            resume_safe=True,
+        ),
+        Option(
             "--selective_checkpointing",
             "Let checkpointed blocks keep what attention returned and recompute the rest: a little more memory, a little less time.",
+            "再計算するブロックでもAttentionの出力は保持します。メモリは少し増え、時間は少し減ります。",
+            bool,
+            False,
+            resume_safe=True,
         ),
-        switch(
+        Option(
             "--lean_activations",
             "Let blocks that are not checkpointed keep what products and attention return, and recompute norms, modulation and GELU: about 60 % of the activations' memory, some percent more time, the same result to the bit.",
+            "チェックポイントしないブロックで、行列積とAttentionの結果だけを保持し、正規化・変調・GELUを再計算します。中間値のメモリは約60%になり、時間は数%増え、結果は1ビットも変わりません。",
+            bool,
+            False,
+            excludes={"torch_compile": "the compiler chooses by itself what to recompute"},
+            resume_safe=True,
         ),
-        switch(
+        Option(
             "--cpu_offload_checkpointing",
             "Move the activations that checkpointing keeps to host memory. It can't be combined with --blocks_to_swap.",
+            "チェックポイントで保持する値をホストメモリへ移します。`--blocks_to_swap`とは併用できません。",
+            bool,
+            False,
+            resume_safe=True,
         ),
-        switch("--fp8_base", "Keep the frozen weights of the MMDiT and of the text encoders in 8-bit floats."),
-        switch("--fp8_base_unet", "Keep the frozen weights of the MMDiT alone in 8-bit floats."),
-        switch(
+        Option(
+            "--fp8_base",
+            "Keep the frozen weights of the MMDiT and of the text encoders in 8-bit floats.",
+            "固定されたMMDiTとText Encoderの重みを8ビット浮動小数点で保持します。",
+            bool,
+            False,
+            excludes={"base_quantization": "both say how the frozen weights are kept"},
+            in_metadata=True,
+        ),
+        Option(
+            "--fp8_base_unet",
+            "Keep the frozen weights of the MMDiT alone in 8-bit floats.",
+            "固定されたMMDiTの重みだけを8ビット浮動小数点で保持します。",
+            bool,
+            False,
+            in_metadata=True,
+        ),
+        Option(
             "--fp8_matmul",
             "With --fp8_base or --fp8_base_unet: multiply in 8-bit floats too, each token scaled by itself. Faster on Ada, Hopper and newer GPUs, and less exact: the model's prediction moves by some percent.",
+            "--fp8_baseまたは--fp8_base_unetと共に指定します。行列積も8ビット浮動小数点で計算し、トークンごとに係数を使います。Ada、Hopper以降のGPUで速くなりますが、精度は下がり、モデルの予測が数パーセント変わります。",
+            bool,
+            False,
+            requires=("fp8_base",),
+            in_metadata=True,
         ),
         Option(
             "--base_quantization",
             "Keep the frozen weights of the MMDiT in 8-bit integers or in 4-bit NormalFloat.",
-            str,
-            None,
-            ("int8", "nf4"),
+            "固定されたMMDiTの重みを8ビット整数(int8)または4ビット(nf4)で保持します。",
+            choices=("int8", "nf4"),
+            in_metadata=True,
         ),
-        Option("--t5xxl_device", "The device that T5 runs on, for example cpu. Unset, it is the training device."),
+        Option(
+            "--t5xxl_device",
+            "The device that T5 runs on, for example cpu. Unset, it is the training device.",
+            "T5を動かすデバイス。例: cpu。未指定なら学習デバイスです。",
+        ),
         Option(
             "--t5xxl_dtype",
             "The number format of T5's weights. Unset, it is that of --mixed_precision.",
-            str,
-            None,
-            T5_DTYPES,
+            "T5の重みの数値形式。未指定なら`--mixed_precision`と同じです。",
+            choices=T5_DTYPES,
         ),
-        switch(
+        Option(
             "--torch_compile",
             "Compile the transformer block with torch.compile. The first steps take longer, the others less.",
+            "Transformerブロックをtorch.compileでコンパイルします。最初は遅く、その後が速くなります。",
+            bool,
+            False,
+            resume_safe=True,
         ),
-        Option("--dynamo_backend", "The backend of --torch_compile.", str, "inductor", DYNAMO_BACKENDS),
-        switch(
+        Option(
+            "--dynamo_backend",
+            "The backend of --torch_compile.",
+            "`--torch_compile`のバックエンド。",
+            str,
+            "inductor",
+            choices=DYNAMO_BACKENDS,
+            useless_without=("torch_compile",),
+            resume_safe=True,
+        ),
+        Option(
             "--lowram",
             "Spare the host's memory: the MMDiT goes to the device as it is read, and base weights are merged there. With --blocks_to_swap, or shared out over processes, it still passes through the host.",
+            "ホストメモリを節約します。MMDiTを読みながらデバイスへ移し、ベース重みもそこでマージします。`--blocks_to_swap`と、プロセス間で分け合うときは、ホストを経由します。",
+            bool,
+            False,
+            resume_safe=True,
+            in_metadata=True,
         ),
-        switch(
+        Option(
             "--highvram",
             "Keep the device memory of encoders that are done with, and between previews the VAE: quicker on large cards.",
+            "使い終えたEncoderのデバイスメモリと、サンプル生成の間のVAEを手放しません。VRAMの大きいGPUで速くなります。",
+            bool,
+            False,
+            resume_safe=True,
+        ),
+    ),
+)
+
+DISTRIBUTED = Group(
+    "Several devices",
+    "複数デバイス",
+    (
+        Option(
+            "--ddp_timeout",
+            "How many minutes processes wait for each other before they give up. Unset, it is PyTorch's default.",
+            "プロセス同士が待つ最大の分数。未指定ならPyTorchの既定値。",
+            int,
+            min=1,
+            resume_safe=True,
+        ),
+        Option(
+            "--deepspeed",
+            "Share the memory of training out over the processes, as DeepSpeed's ZeRO does; --zero_stage says what. PyTorch does it: the package deepspeed is not needed.",
+            "学習のメモリをDeepSpeedのZeRO方式でプロセス間に分散します（何を分散するかは`--zero_stage`）。PyTorchだけで行い、deepspeedパッケージは不要です。",
+            bool,
+            False,
+            resume_safe=True,
+        ),
+        Option(
+            "--zero_stage",
+            "What --deepspeed shares out. 0: nothing; 1 and 2: the optimizer's state; 3: the frozen weights of the MMDiT too.",
+            "`--deepspeed`で分散するもの。0: なし。1と2: オプティマイザの状態。3: さらにMMDiTの凍結された重み。",
+            int,
+            2,
+            choices=(0, 1, 2, 3),
+            useless_without=("deepspeed",),
+            resume_safe=True,
+        ),
+        Option(
+            "--offload_param_device",
+            "Where each process keeps its share of the weights with ZeRO stage 3: cpu is host memory. nvme is refused: a disk is too slow. Unset, it is the device.",
+            "cpu: ZeROステージ3で、各プロセスの持ち分をメインメモリに置きます。nvmeは遅すぎるため拒否します。",
+            choices=("cpu", "nvme"),
+            useless_without=("deepspeed",),
+            resume_safe=True,
         ),
     ),
 )

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from library.options.groups.sampling import WORKING_SAMPLERS
+from library.options.groups.monitoring import WORKING_SAMPLERS
 from library.options.table import OPTIONS
 
-EVERY = (
-    "sample_every_n_steps",
-    "sample_every_n_epochs",
-    "save_every_n_steps",
-    "save_every_n_epochs",
-    "save_every_n_minutes",
-    "validate_every_n_steps",
-    "validate_every_n_epochs",
-)
 
-
-def normalise_options(args: argparse.Namespace) -> list[str]:
-    """Fill in what the given options imply, in `args` itself. Returns what the user is to be told of it."""
+def normalize_options(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
+    """A new Namespace with what the options imply filled in, and what the user is to be told of it. `args` is left alone."""
+    args = argparse.Namespace(**vars(args))
     _drop_empty(args)
     if args.caption_extention is not None:
         args.caption_extension = args.caption_extention
@@ -31,7 +22,7 @@ def normalise_options(args: argparse.Namespace) -> list[str]:
     args.optimizer_type = args.optimizer_type or _legacy_optimizer(args)
     if args.log_with is None and args.logging_dir:
         args.log_with = "tensorboard"
-    return [*_network_module(args), *_sampler(args), *_never(args)]
+    return args, [*_network_module(args), *_sampler(args), *_never(args)]
 
 
 def _drop_empty(args: argparse.Namespace) -> None:
@@ -56,23 +47,23 @@ def _network_module(args: argparse.Namespace) -> list[str]:
 
 def _sampler(args: argparse.Namespace) -> list[str]:
     """The default, ddim, means Euler without a word; so do the other names of older models, with one."""
-    given = args.sample_sampler
-    if given in WORKING_SAMPLERS:
+    name = args.sample_sampler
+    if name in WORKING_SAMPLERS:
         return []
     args.sample_sampler = "euler"
-    if given == "ddim":
+    if name == "ddim":
         return []
     return [
-        f"--sample_sampler {given} is for older models; previews use euler. The others that work are heun and dpmsolver++."
+        f"--sample_sampler {name} is for older models; previews use euler. The others that work are heun and dpmsolver++."
     ]
 
 
 def _never(args: argparse.Namespace) -> list[str]:
     """0 or less turns an interval off, as in sd-scripts."""
-    told = []
-    for dest in EVERY:
-        interval = getattr(args, dest)
-        if interval is not None and interval <= 0:
-            setattr(args, dest, None)
-            told.append(f"--{dest} {interval} turns it off: intervals count from 1.")
-    return told
+    notes = []
+    for option in OPTIONS:
+        interval = getattr(args, option.dest)
+        if option.zero_is_off and interval is not None and interval <= 0:
+            setattr(args, option.dest, None)
+            notes.append(f"{option.flag} {interval} turns it off: intervals count from 1.")
+    return notes
