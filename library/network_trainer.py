@@ -44,7 +44,7 @@ from library.model_family import ModelFamily
 from library.monitoring.dataset_sheets import draw_dataset
 from library.monitoring.run_events import RunEvents
 from library.monitoring.trackers import TrackingSettings, chosen_trackers, log_folder, tracking_problems
-from library.options.table import OPTIONS
+from library.options.values import secret_values
 from library.preflight.memory import memory_budget, plan_memory, smallest_budget
 from library.preflight.network import make_network
 from library.preflight.plan import plan_run
@@ -458,7 +458,6 @@ class NetworkTrainer(ModelFamily):
 
 def tracking_settings(args: argparse.Namespace) -> TrackingSettings:
     """Which trackers log what, and where."""
-    secrets = [getattr(args, option.dest, None) for option in OPTIONS if option.secret]
     return TrackingSettings(
         chosen_trackers(args.log_with, args.logging_dir),
         log_folder(args.logging_dir, args.log_prefix),
@@ -466,5 +465,5 @@ def tracking_settings(args: argparse.Namespace) -> TrackingSettings:
         args.wandb_run_name,
         path_or_none(args.log_tracker_config),
         args.wandb_api_key,
-        tuple(secret for secret in secrets if secret),
+        secret_values(args),
     )

@@ -58,27 +58,6 @@ logger = logging.getLogger(__name__)
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
 """context [B, 77 + T, 4096], pooled [B, 2048], position embedding [1, patches, D] or None for the centred crop"""
 
-OPTIONS_IN_METADATA = (
-    "apply_lg_attn_mask",
-    "apply_t5_attn_mask",
-    "t5xxl_max_token_length",
-    "clip_l_dropout_rate",
-    "clip_g_dropout_rate",
-    "t5_dropout_rate",
-    "weighting_scheme",
-    "timestep_sampling",
-    "loss_weighting",
-    "logit_mean",
-    "logit_std",
-    "mode_scale",
-    "training_shift",
-    "resolution_shift",
-    "min_timestep",
-    "max_timestep",
-    "enable_scaled_pos_embed",
-    "pos_emb_random_crop_rate",
-)
-
 
 class Sd3NetworkTrainer(NetworkTrainer):
     def make_inspector(self) -> Sd3Inspector:
@@ -88,9 +67,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
     def metadata_facts(self) -> FamilyFacts:
         args, files = self.args, self.plan.files
         vae = files.vae.path if args.vae and files.vae is not None else None
-        options = {f"ss_{name}": getattr(args, name) for name in OPTIONS_IN_METADATA}
         kind = MMDiTConfig.from_shapes(shapes_of(files.mmdit)).kind
-        return FamilyFacts(kind, files.mmdit.path, vae, options)
+        return FamilyFacts(kind, files.mmdit.path, vae)
 
     # --- text ------------------------------------------------------------------------------------------------------
 

@@ -22,8 +22,7 @@ from library.monitoring.async_scalars import LateValues
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics_file import Curves, MetricsFile
 from library.monitoring.trackers import Trackers
-from library.options.option import path as path_type
-from library.options.table import OPTIONS
+from library.options.values import shared_options
 from library.saving.names import OutputNames
 from library.training.loop import StepReport
 from library.training.optimizers import logged_rates
@@ -189,12 +188,6 @@ class RunMetrics:
                 f"{limit} steps in a row had gradients that are not finite; training has stopped. The last saved files are good. "
                 "Try --mixed_precision bf16, a lower --learning_rate, or --max_grad_norm 1.0, and look at the images named above."
             )
-
-
-def shared_options(args: Any) -> dict[str, Any]:
-    """The options that may be shown to others: no secret, and no path, which would tell names of people and machines."""
-    private = {option.dest for option in OPTIONS if option.secret or option.type is path_type} | {"resume"}
-    return {name: value for name, value in sorted(vars(args).items()) if name not in private}
 
 
 def memory_gib(device: torch.device) -> float:

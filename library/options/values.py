@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import Any
 
 from library.options.option import Kind, Option, path
 from library.options.table import OPTIONS
 
 
-def determining_options(args: argparse.Namespace) -> dict[str, Any]:
+def determining_options(args: argparse.Namespace) -> dict[str, object]:
     """The options that decide the weights, by dest: a resumed run must have the same values.
 
     The seed is not among them, since a run may draw its own; the one in force is compared by who knows it.
@@ -25,7 +24,7 @@ def determining_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+def shared_options(args: argparse.Namespace) -> dict[str, object]:
     """The options that may be shown to others: no secret, and no path, which would tell names of people and machines."""
     return {
         option.dest: getattr(args, option.dest)
@@ -51,12 +50,12 @@ def split_options(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, s
     return changed, default
 
 
-def metadata_options(args: argparse.Namespace) -> dict[str, Any]:
+def metadata_options(args: argparse.Namespace) -> dict[str, object]:
     """The values that a LoRA file records under `ss_<name>`, by that key."""
     return {f"ss_{option.name}": getattr(args, option.dest) for option in _in_metadata() if not _is_modelspec(option)}
 
 
-def modelspec_options(args: argparse.Namespace) -> dict[str, Any]:
+def modelspec_options(args: argparse.Namespace) -> dict[str, object]:
     """The values that a LoRA file records under `modelspec.<key>`, by that key: of options --metadata_<key>."""
     return {
         option.name.removeprefix("metadata_"): getattr(args, option.dest)
@@ -83,7 +82,7 @@ def _is_modelspec(option: Option) -> bool:
     return option.name.startswith("metadata_")
 
 
-def _words(option: Option, value: Any) -> list[str]:
+def _words(option: Option, value: object) -> list[str]:
     """The words that set the option to its value; none where that is the default."""
     if option.turns_off:
         return [option.flag] if value is False else []

@@ -21,6 +21,7 @@ from library.flow.timesteps import FlowSettings
 from library.memory.apply import MemorySettings
 from library.memory.checkpointing import CheckpointSettings
 from library.memory.estimator.table import MemoryPlan
+from library.options.values import determining_options
 from library.preflight.dataset import DataSettings
 from library.preflight.disk_space import OptimizerSettings, OutputSettings
 from library.preflight.inspector import Files
@@ -30,7 +31,6 @@ from library.preflight.network import NetworkSettings
 from library.preflight.plan import PlanSettings, RateSettings, ResumeCheck, RunPlan
 from library.preflight.run_length import LengthSettings
 from library.preflight.sd3_inspector import Sd3Settings
-from library.saving.determining_options import determining_options
 from library.saving.hub import HubSettings
 from library.saving.resume import ResumeSettings
 from library.saving.text_encoders import encoders_to_save

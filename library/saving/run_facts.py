@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.options.values import metadata_options, modelspec_options
 from library.saving.dataset_facts import common, dataset_of_command_line, datasets_of_file, images
 from library.saving.metadata import NOT_FOR_SD3, RunFacts, SaveFacts
 from library.saving.modelspec import ModelSpec, thumbnail_url
@@ -20,51 +21,6 @@ if TYPE_CHECKING:
     from library.network_trainer import NetworkTrainer
 
 PROGRAM = "sd3-lora-trainer"
-SAME_NAME = (
-    "output_name",
-    "learning_rate",
-    "gradient_checkpointing",
-    "gradient_accumulation_steps",
-    "lr_warmup_steps",
-    "network_module",
-    "network_dropout",
-    "full_fp16",
-    "full_bf16",
-    "cache_latents",
-    "lowram",
-    "training_comment",
-    "max_grad_norm",
-    "prior_loss_weight",
-    "scale_weight_norms",
-    "loss_type",
-    "huber_schedule",
-    "huber_scale",
-    "huber_c",
-    "fp8_base",
-    "fp8_base_unet",
-    "base_quantization",
-    "fp8_matmul",
-    "validation_seed",
-    "validation_split",
-    "max_validation_steps",
-    "validate_every_n_epochs",
-    "validate_every_n_steps",
-    "ema_decay",
-    "text_cache_variants",
-    "masked_loss",
-)
-"""Options whose value in force is the fact ss_<name>."""
-SPEC_OPTIONS = (
-    "author",
-    "description",
-    "license",
-    "tags",
-    "usage_hint",
-    "merged_from",
-    "trigger_phrase",
-    "preprocessor",
-    "is_negative_embedding",
-)
 
 
 def run_facts(trainer: NetworkTrainer, started_at: float) -> RunFacts:
@@ -73,7 +29,7 @@ def run_facts(trainer: NetworkTrainer, started_at: float) -> RunFacts:
     family = trainer.metadata_facts()
     training: dict[str, Any] = {
         **NOT_FOR_SD3,
-        **{f"ss_{name}": getattr(args, name) for name in SAME_NAME},
+        **metadata_options(args),
         "ss_session_id": random.SystemRandom().randrange(2**32),
         "ss_training_started_at": started_at,
         "ss_sd_scripts_commit_hash": program_version(),
@@ -177,7 +133,7 @@ def _spec(trainer: NetworkTrainer, kind: str) -> ModelSpec:
         extra={
             "implementation_version": program_version(),
             "thumbnail": thumbnail_url(args.metadata_thumbnail) if args.metadata_thumbnail else None,
-            **{name: getattr(args, f"metadata_{name}") for name in SPEC_OPTIONS},
+            **modelspec_options(args),
         },
     )
 

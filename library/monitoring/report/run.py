@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,8 +16,7 @@ from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics import RunMetrics
 from library.monitoring.report.page import DatasetSection, RunDescription, RunState, render
 from library.monitoring.report.pictures import THUMBNAIL_SIDE, PictureBox
-from library.options.option import Kind, Option
-from library.options.table import OPTIONS
+from library.options.values import resume_command, split_options
 from library.saving.run_facts import program_version
 from library.training.train_progress import TrainProgress
 
@@ -28,22 +25,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "pillow")
 MOST_THUMBNAILS = 16  # of a dataset
-NOT_IN_COMMANDS = frozenset(
-    [
-        "config_file",
-        "output_config",
-        "resume",
-        "initial_step",
-        "initial_epoch",
-        "skip_until_initial_step",
-        "use_8bit_adam",
-        "use_lion_optimizer",
-        "caption_extention",
-        "dry_run",
-        "debug_dataset",
-    ]
-)
-"""Options that a resumed run does without: their meaning stands in others, or in the state."""
 
 
 class RunReport:
@@ -116,27 +97,6 @@ class RunReport:
         return DatasetSection(title, rows, [picture for picture in shown if picture is not None])
 
 
-def split_options(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    """Options with values of their own, and those at their defaults. No secret is among them."""
-    given: dict[str, str] = {}
-    other: dict[str, str] = {}
-    for option in OPTIONS:
-        if not option.secret and not option.turns_off and option.kind is Kind.WORKS:
-            value = getattr(args, option.dest)
-            (other if value == option.default else given)[option.name] = str(value)
-    return given, other
-
-
-def resume_command(args: argparse.Namespace, processes: int) -> str:
-    """The command that goes on from the newest state. Secrets must be given anew."""
-    words = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
-    words.append("sd3_train_network.py")
-    for option in OPTIONS:
-        if not option.secret and option.kind is Kind.WORKS and option.name not in NOT_IN_COMMANDS:
-            words += _as_given(option, getattr(args, option.dest))
-    return shlex.join([*words, "--resume", "auto"]).replace(" --", " \\\n  --")
-
-
 def versions(device: torch.device) -> dict[str, str]:
     """The program, Python, the packages that matter, the system and the device."""
     found = {"program": program_version(), "Python": platform.python_version()}
@@ -151,14 +111,3 @@ def versions(device: torch.device) -> dict[str, str]:
     else:
         found["device"] = str(device)
     return found
-
-
-def _as_given(option: Option, value: Any) -> list[str]:
-    """The words that set the option to its value; none where that is the default."""
-    if option.turns_off:
-        return [option.flag] if value is False else []
-    if value is None or value == option.default:
-        return []
-    if option.is_switch:
-        return [option.flag] if value else []
-    return [option.flag, *(str(each) for each in (value if isinstance(value, list) else [value]))]
