@@ -1,20 +1,24 @@
-"""Puts a denoiser on its device with the memory savers that were asked for."""
+"""The memory optimizations of a denoiser, in the order in which they are applied."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
+from torch import Tensor
 
-from library.memory.block_swap import BlockSwapper, move_resident, spread_blocks
+from library.common.transformer import BlockRunner, TransformerBlock, TransformerModel, call_block
+from library.memory.block_swap import BlockSwapper, evenly_spaced, move_resident
 from library.memory.checkpointing import ActivationOffloader, CheckpointSettings, checkpointed
-from library.memory.quantization import in_joint_blocks, quantise
-from library.memory.recompute import lean
-from library.sd3.mmdit import BlockRunner, MMDiT, call_block
+from library.memory.quantization import quantize_blocks
+from library.memory.recompute import recompute_pointwise
 
-GRAPHS_AT_MOST = 256  # of all kinds and shapes
+MAX_GRAPHS = 256  # of all kinds and shapes
+
+Backend = str | Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., object]]
+"""A backend of torch.compile: its name, or a function that takes a graph and example inputs."""
 
 
 @dataclass(frozen=True)
@@ -23,34 +27,41 @@ class MemorySettings:
     checkpointing: CheckpointSettings | None = None
     compile_backend: str | None = None  # torch.compile's backend; None: eager
     dynamic_shapes: bool = False  # compiled blocks serve images of all sizes, instead of one size each
-    quantisation: str | None = None  # "fp8", "int8" or "nf4"
-    fp8_products: bool = False  # with "fp8": multiply in float8 too
-    lean: bool = False  # blocks that are not checkpointed keep lean activations; not with compile_backend
-    stays: bool = False  # the weights stay where they are: library/distributed/fsdp.py moves the shares
+    quantization: str | None = None  # "fp8", "int8" or "nf4"
+    fp8_matmul: bool = False  # with "fp8": multiply in float8 too
+    recompute_pointwise: bool = False  # in blocks that are not checkpointed; not with compile_backend
+    sharded: bool = False  # leave the weights in host memory: library/distributed/fsdp.py moves the shards
 
 
-def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> BlockSwapper | None:
-    """Move the model (on the CPU, frozen) to `device` and set its block runner. Returns the swapper, if blocks are swapped.
+def apply_memory_optimizations(
+    model: TransformerModel, settings: MemorySettings, device: torch.device
+) -> BlockSwapper | None:
+    """Move `model` (frozen, in host memory) to `device` and set `model.run_block`. Return the swapper if blocks are swapped.
 
-    Call it before LoRA is attached: quantising replaces layers. From the inside out: the block (compiled if asked for), activation
-    checkpointing or lean activations, block swap.
+    1. Quantize, which replaces the blocks' linear layers: everything after it sees the narrow weights.
+    2. Compile one block's forward; compiled code is what checkpointing runs twice.
+    3. Checkpoint blocks (or recompute their pointwise steps) around that.
+    4. Swap blocks, outside of checkpointing: the recomputation uses the weights that the backward fetched. Or shard them:
+       `settings.sharded` leaves the weights alone, and the caller makes a `ShardedModel` when step 5 is done.
+    5. LoRA comes last and is the caller's: its hooks attach to the layers that are there now, and its weights, which are no part of
+       the blocks, are neither swapped nor sharded.
     """
-    if settings.quantisation is not None:
-        quantise(model, settings.quantisation, in_joint_blocks, device, settings.fp8_products)
-    blocks = list(model.joint_blocks)
+    blocks = list(model.blocks)
+    if settings.quantization is not None:
+        quantize_blocks(blocks, settings.quantization, device, settings.fp8_matmul)
     run: BlockRunner = call_block
     if settings.compile_backend:
         # On a CPU inductor's code for fixed shapes has wrong gradients where modulation is trained (PyTorch 2.13).
         run = compiled(settings.compile_backend, settings.dynamic_shapes or device.type == "cpu")
-    plain = lean(run) if settings.lean else run
+    not_checkpointed = recompute_pointwise(run) if settings.recompute_pointwise else run
     if settings.checkpointing is not None:
         offloader = ActivationOffloader(device) if settings.checkpointing.offload else None
-        run = checkpointed(run, settings.checkpointing, offloader, plain)
+        run = checkpointed(run, settings.checkpointing, offloader, not_checkpointed)
     else:
-        run = plain
+        run = not_checkpointed
     swapper = None
-    swapped = spread_blocks(len(blocks), settings.blocks_to_swap) if settings.blocks_to_swap else []
-    if not settings.stays:
+    swapped = evenly_spaced(len(blocks), settings.blocks_to_swap) if settings.blocks_to_swap else []
+    if not settings.sharded:
         move_resident(model, blocks, swapped, device)
     if swapped:
         swapper = BlockSwapper(blocks, swapped, device)
@@ -59,20 +70,20 @@ def arrange(model: MMDiT, settings: MemorySettings, device: torch.device) -> Blo
     return swapper
 
 
-def compiled(backend: str | Callable[..., Any], dynamic: bool) -> BlockRunner:
-    """A block runner that compiles the joint block, once for all blocks of one kind (layers, LoRA, gradients wanted or not).
+def compiled(backend: Backend, dynamic: bool) -> BlockRunner:
+    """A block runner that compiles the block, once for all blocks of one kind (layers, LoRA, gradients needed or not).
 
     dynamic: once for all shapes too, else once for each. It is one or the other, never a fixed shape first: with two graphs that
     fit a shape, activation checkpointing could compute again by another one than it had computed by.
     """
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, GRAPHS_AT_MOST)  # beyond it torch runs uncompiled without a word
+    torch._dynamo.config.recompile_limit = max(limit, MAX_GRAPHS)  # beyond it torch runs uncompiled without a word
 
     @torch.compile(backend=backend, dynamic=dynamic)
-    def forward(block, context, x, c):
-        return block(context, x, c)
+    def forward(block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return block(*inputs)
 
-    def compiled_run(index, block, context, x, c):
-        return forward(block, context, x, c)
+    def compiled_run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return cast("tuple[Tensor, ...]", forward(block, *inputs))
 
     return compiled_run

@@ -1,4 +1,4 @@
-"""Activation checkpointing of joint blocks: keep a block's inputs, compute its inside again in backward.
+"""Activation checkpointing of blocks: keep a block's inputs, compute its inside again in backward.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Three additions: only as many blocks as needed, a
 selective policy that keeps attention outputs (dear to compute, cheap to keep), and inputs kept in host memory.
@@ -9,13 +9,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from library.sd3.mmdit import BlockRunner, JointBlock
+from library.common.transformer import BlockRunner, TransformerBlock
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ def checkpointed(
     The first blocks are the ones that recompute: their activations would live longest.
     """
 
-    def checkpointed_run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = settings.blocks is None or index < settings.blocks
-        if not (wanted and torch.is_grad_enabled()):
-            return (otherwise or run)(index, block, context, x, c)
+    def checkpointed_run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
+        recomputes = settings.blocks is None or index < settings.blocks
+        if not (recomputes and torch.is_grad_enabled()):
+            return (otherwise or run)(index, block, *inputs)
         options: dict[str, Any] = {"use_reentrant": False}
         if settings.selective:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
         with offloader.saving(index) if offloader is not None else nullcontext():
-            return checkpoint(run, index, block, context, x, c, **options)
+            return cast("tuple[Tensor, ...]", checkpoint(run, index, block, *inputs, **options))
 
     return checkpointed_run
 
@@ -81,14 +81,14 @@ class ActivationOffloader:
         self.streams = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.streams else None
         self.spare: dict[int, list[Tensor]] = {}  # buffers by their bytes
-        self.kept: dict[int, list[Kept]] = {}
+        self.kept: dict[int, list[OffloadedTensor]] = {}
 
     def saving(self, index: int) -> AbstractContextManager[Any]:
         """A context in which tensors that autograd saves belong to block `index` and go to host memory."""
         self.kept[index] = []
         return torch.autograd.graph.saved_tensors_hooks(partial(self._pack, index), self._unpack)
 
-    def _pack(self, index: int, tensor: Tensor) -> Kept | Tensor:
+    def _pack(self, index: int, tensor: Tensor) -> OffloadedTensor | Tensor:
         if tensor.device.type != self.device.type or not tensor.is_floating_point() or tensor.dim() < 3:
             return tensor  # the timestep vector and random states are small
         buffer = self._buffer(tensor.nbytes)
@@ -100,11 +100,11 @@ class ActivationOffloader:
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)
             tensor.record_stream(self.stream)
-        kept = Kept(index, host, buffer)
+        kept = OffloadedTensor(index, host, buffer)
         self.kept[index].append(kept)
         return kept
 
-    def _unpack(self, kept: Kept | Tensor) -> Tensor:
+    def _unpack(self, kept: OffloadedTensor | Tensor) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         tensor = kept.returned if kept.returned is not None else self._fetch(kept)
@@ -112,13 +112,13 @@ class ActivationOffloader:
         if kept.arrived is not None:  # for this copy alone: those fetched ahead arrive during the computation
             torch.cuda.current_stream(self.device).wait_event(kept.arrived)
             tensor.record_stream(torch.cuda.current_stream(self.device))
-        self._give_back(kept)
+        self._release(kept)
         for ahead in [*self.kept[kept.index], *self.kept.get(kept.index - 1, [])]:
             if ahead.returned is None and ahead.host is not None:
                 ahead.returned = self._fetch(ahead)
         return tensor
 
-    def _fetch(self, kept: Kept) -> Tensor:
+    def _fetch(self, kept: OffloadedTensor) -> Tensor:
         assert kept.host is not None
         if self.stream is None:
             return kept.host.clone()
@@ -132,14 +132,14 @@ class ActivationOffloader:
         spare = self.spare.get(rounded)
         return spare.pop() if spare else torch.empty(rounded, dtype=torch.uint8, pin_memory=self.streams)
 
-    def _give_back(self, kept: Kept) -> None:
+    def _release(self, kept: OffloadedTensor) -> None:
         """The host buffer may be filled again: later copies into it run on the same stream, after the copy out of it."""
         self.spare.setdefault(kept.buffer.numel(), []).append(kept.buffer)
         kept.host = None
 
 
 @dataclass
-class Kept:
+class OffloadedTensor:
     """A tensor that waits in host memory for its backward."""
 
     index: int

@@ -1,4 +1,4 @@
-"""A model that is needed on the device now and then, and waits in host memory meanwhile."""
+"""Keep a model in host memory and move it to the device for the moments in which it works."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 
-def send_home(model: nn.Module, device: torch.device) -> None:
-    """Move a model from `device` into host memory and give its device memory back to all; nothing where `device` is the CPU."""
+def offload_to_cpu(model: nn.Module, device: torch.device) -> None:
+    """Move a model from `device` into host memory and release its device memory; do nothing where `device` is the CPU."""
     if device.type == "cpu":
         return
     model.to("cpu")
@@ -19,11 +19,11 @@ def send_home(model: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def visiting(model: nn.Module, device: torch.device, stays: bool) -> Iterator[None]:
-    """Inside, the model is on `device`; afterwards, also after an error, it is back in host memory unless it `stays`."""
+def onload(model: nn.Module, device: torch.device, keep_resident: bool) -> Iterator[None]:
+    """Inside, the model is on `device`; afterwards, also after an error, it is back in host memory, unless `keep_resident`."""
     model.to(device)
     try:
         yield
     finally:
-        if not stays:
-            send_home(model, device)
+        if not keep_resident:
+            offload_to_cpu(model, device)

@@ -1,16 +1,16 @@
 """Frozen base weights in fewer bits: float8 or int8 with a scale for each row, or nf4 with a scale for each 64 weights.
 
-The products are computed in the model's own dtype: weights are widened when they are used, in forward and again in
+Matmuls are computed in the model's own dtype: weights are dequantized when they are used, in forward and again in
 backward, so that autograd never keeps a wide copy and block swap may move the narrow one in between. Only the linear
-layers inside the joint blocks (or of an encoder) are quantised: they are nearly all of the weights; embedders, norms and
-the final layer stay as they are. The one exception is Fp8ProductLinear, which is asked for by itself: its forward products are
-those of float8 numbers. int8 and nf4 are bitsandbytes' formats and kernels; its own layers are not used because
+layers inside the blocks (or of an encoder) are quantized: they are nearly all of the weights; embedders, norms and
+the final layer stay as they are. The exception is Fp8MatmulLinear, an option of its own: its forward multiplies float8
+matrices. int8 and nf4 are bitsandbytes' formats and kernels; its own layers are not used because
 they hold on to the weight's storage between forward and backward, which block swap reuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -20,24 +20,25 @@ from torch import Tensor, nn
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 INT8_MAX = 127.0
 NF4_BLOCK = 64
+MODULATION = "adaLN"  # DiT's name for the layers that compute shifts, scales and gates
 
-Widen = Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
+Dequantize = Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
 
 
-class QuantisedLinear(nn.Linear):
-    """A frozen linear layer with a narrow weight and a scale; a subclass says how to quantise and how to widen."""
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer with a narrow weight and a scale; a subclass says how to quantize and how to dequantize."""
 
     weight_scale: Tensor
     shape: torch.Size  # [out, in] of the wide weight
-    quantise: Callable[[Tensor], tuple[Tensor, Tensor]]  # the wide weight -> the narrow one and its scales
-    widen: Widen  # back to the weight that they stand for
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]  # the wide weight -> the narrow one and its scales
+    dequantize: Dequantize  # back to the weight that they stand for
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> QuantisedLinear:
+    def of(cls, layer: nn.Linear) -> QuantizedLinear:
         """Take over a layer's weight and bias."""
         new = cls(1, 1, bias=False, device="meta")
         new.in_features, new.out_features, new.shape = layer.in_features, layer.out_features, layer.weight.shape
-        weight, scale = cls.quantise(layer.weight.data)
+        weight, scale = cls.quantize(layer.weight.data)
         new.weight = nn.Parameter(weight, requires_grad=False)
         new.bias = layer.bias
         new.register_buffer("weight_scale", scale)
@@ -45,32 +46,32 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] in the compute dtype -> [..., out]."""
-        product = _WidenedLinear.apply(x, self.weight, self.weight_scale, self.bias, self.shape, self.widen)
+        product = _DequantizedLinear.apply(x, self.weight, self.weight_scale, self.bias, self.shape, self.dequantize)
         return cast(Tensor, product)
 
 
-class _WidenedLinear(torch.autograd.Function):
-    """x W^T + b with W widened on use; the gradient reaches x alone."""
+class _DequantizedLinear(torch.autograd.Function):
+    """x W^T + b with W dequantized on use; the gradient reaches x alone."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: torch.Size, widen: Widen
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: torch.Size, dequantize: Dequantize
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.shape, ctx.widen = shape, widen
-        return F.linear(x, widen(weight, scale, shape, x.dtype), None if bias is None else bias.to(x.dtype))
+        ctx.shape, ctx.dequantize = shape, dequantize
+        return F.linear(x, dequantize(weight, scale, shape, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        return gradient @ ctx.widen(weight, scale, ctx.shape, gradient.dtype), None, None, None, None, None
+        return gradient @ ctx.dequantize(weight, scale, ctx.shape, gradient.dtype), None, None, None, None, None
 
 
-class Fp8Linear(QuantisedLinear):
+class Fp8Linear(QuantizedLinear):
     """float8_e4m3fn, each row scaled so that its largest entry is 448. A float8 checkpoint is kept bit for bit, with scale 1."""
 
     @staticmethod
-    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         if weight.dtype == torch.float8_e4m3fn:
             return weight, torch.ones(weight.shape[0], 1, device=weight.device)
         wide = weight.float()
@@ -78,28 +79,28 @@ class Fp8Linear(QuantisedLinear):
         return (wide / scale).to(torch.float8_e4m3fn), scale
 
     @staticmethod
-    def widen(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def dequantize(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype) * scale.to(dtype)
 
 
-class Fp8ProductLinear(Fp8Linear):
-    """As Fp8Linear, but activations become float8 too, each token with a scale of its own, and the product is one of float8.
+class Fp8MatmulLinear(Fp8Linear):
+    """As Fp8Linear, but activations become float8 too, each token with a scale of its own, and the matmul is one of float8.
 
     Micikevicius et al. 2022, "FP8 Formats for Deep Learning": e4m3 for weights and activations. A GPU sums in its fast
-    accumulator, which is shorter than float32. The backward pass widens the weight: the gradient to the activations is not rounded. Needs `fp8_product_problems` to be empty.
+    accumulator, which is shorter than float32. The backward pass dequantizes the weight: the gradient to the activations is not rounded. Needs `fp8_matmul_problems` to be empty.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] in the compute dtype -> [..., out]."""
         rows = x.flatten(0, -2)  # [N, in]
-        tokens, token_scale = Fp8Linear.quantise(rows.detach())
-        product = _Fp8Product.apply(rows, tokens, token_scale, self.weight, self.weight_scale)  # [N, out]
+        tokens, token_scale = Fp8Linear.quantize(rows.detach())
+        product = _Fp8Matmul.apply(rows, tokens, token_scale, self.weight, self.weight_scale)  # [N, out]
         out = product if self.bias is None else product + self.bias.to(x.dtype)
         return cast(Tensor, out).view(*x.shape[:-1], self.out_features)
 
 
-class _Fp8Product(torch.autograd.Function):
-    """x W^T of float8 numbers; the gradient reaches x [N, in] alone, as if x had not been rounded to `tokens` [N, in]."""
+class _Fp8Matmul(torch.autograd.Function):
+    """x W^T of float8 matrices; the gradient reaches x [N, in] alone, as if x had not been rounded to `tokens` [N, in]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -113,11 +114,11 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        wide = Fp8Linear.widen(weight, scale, weight.shape, gradient.dtype)
+        wide = Fp8Linear.dequantize(weight, scale, weight.shape, gradient.dtype)
         return gradient @ wide, None, None, None, None
 
 
-def fp8_product_problems(device: torch.device) -> list[str]:
+def fp8_matmul_problems(device: torch.device) -> list[str]:
     """What keeps `device` from multiplying float8 matrices, a sentence; empty where it can (a CPU can, slowly)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
@@ -125,11 +126,11 @@ def fp8_product_problems(device: torch.device) -> list[str]:
     return []
 
 
-class Int8Linear(QuantisedLinear):
+class Int8Linear(QuantizedLinear):
     """int8, each row scaled so that its largest entry is 127 (bitsandbytes' row-wise int8)."""
 
     @staticmethod
-    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         import bitsandbytes.functional as bnb
 
         wide = weight.to(torch.float16) if weight.device.type == "cuda" else weight.float()  # what its kernels take
@@ -137,15 +138,15 @@ class Int8Linear(QuantisedLinear):
         return narrow, largest.float()[:, None] / INT8_MAX
 
     @staticmethod
-    def widen(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def dequantize(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype) * scale.to(dtype)
 
 
-class Nf4Linear(QuantisedLinear):
+class Nf4Linear(QuantizedLinear):
     """4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, "QLoRA", section 3), by bitsandbytes' kernels."""
 
     @staticmethod
-    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         import bitsandbytes.functional as bnb
 
         wide = weight if weight.dtype in (torch.float32, torch.float16, torch.bfloat16) else weight.float()
@@ -153,7 +154,7 @@ class Nf4Linear(QuantisedLinear):
         return narrow, state.absmax
 
     @staticmethod
-    def widen(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def dequantize(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         import bitsandbytes.functional as bnb
 
         state = bnb.QuantState(absmax=scale, shape=shape, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
@@ -161,35 +162,42 @@ class Nf4Linear(QuantisedLinear):
         return bnb.dequantize_4bit(weight, state)
 
 
-KINDS: dict[str, type[QuantisedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
+KINDS: dict[str, type[QuantizedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
 
 
-def quantise(
+def quantize(
     model: nn.Module,
     kind: str,
-    within: Callable[[str], bool],
+    within: Callable[[str], bool] = lambda path: True,
     device: torch.device | None = None,
-    fp8_products: bool = False,
+    fp8_matmul: bool = False,
 ) -> int:
     """Replace the linear layers whose path satisfies `within`. kind: "fp8", "int8" or "nf4". Returns how many were replaced.
 
-    With `device` each layer is quantised there and comes back, so that a GPU does the work and holds one wide layer at a time.
-    fp8_products (with "fp8"): layers that work on tokens multiply in float8. Those of the modulation, which see one vector an image
+    With `device` each layer is quantized there and comes back, so that a GPU does the work and holds one wide layer at a time.
+    fp8_matmul (with "fp8"): layers that work on tokens multiply in float8. Those of the modulation, which see one vector an image
     and steer all tokens of it, do not.
     """
-    if not fp8_products:
+    if not fp8_matmul:
         return replace_linears(model, KINDS[kind], within, device)
-    on_tokens = replace_linears(model, Fp8ProductLinear, lambda path: within(path) and "adaLN" not in path, device)
+    on_tokens = replace_linears(model, Fp8MatmulLinear, lambda path: within(path) and MODULATION not in path, device)
     return on_tokens + replace_linears(model, Fp8Linear, within, device)
 
 
-def replace_linears(
-    model: nn.Module, kind: type[QuantisedLinear], within: Callable[[str], bool], device: torch.device | None = None
+def quantize_blocks(
+    blocks: Iterable[nn.Module], kind: str, device: torch.device | None = None, fp8_matmul: bool = False
 ) -> int:
-    """As `quantise`, by class."""
+    """Quantize a transformer's blocks, which hold nearly all of its weights, and leave the layers around them."""
+    return sum(quantize(block, kind, device=device, fp8_matmul=fp8_matmul) for block in blocks)
+
+
+def replace_linears(
+    model: nn.Module, kind: type[QuantizedLinear], within: Callable[[str], bool], device: torch.device | None = None
+) -> int:
+    """As `quantize`, by class."""
     replaced = 0
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and not isinstance(layer, QuantisedLinear) and within(path):
+        if isinstance(layer, nn.Linear) and not isinstance(layer, QuantizedLinear) and within(path):
             home = layer.weight.device
             new = kind.of(layer.to(device) if device is not None else layer).to(home)
             parent, _, name = path.rpartition(".")
@@ -197,6 +205,3 @@ def replace_linears(
             replaced += 1
     return replaced
 
-
-def in_joint_blocks(path: str) -> bool:
-    return path.startswith("joint_blocks.")

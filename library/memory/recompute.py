@@ -1,71 +1,87 @@
-"""Lean activations: what products and attention return is kept for backward, what is cheap to compute is computed again.
+"""Recompute pointwise steps: keep what matmuls and attention return for backward, compute norms, modulations and GELU again.
 
 A block's norms, modulations, GELU and the joining of both streams' queries, keys and values are about half of what autograd
 would keep, and some percent of the time. Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4.2, asks for
-just that; here it works on single functions, with the values that a plain block has, to the bit.
+just that; here it works on single modules (`Pointwise`), with the values that a plain block has, to the bit.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.sd3.mmdit import BlockRunner, JointBlock, plainly
+from library.common.transformer import BlockRunner, Pointwise, TransformerBlock
+
+Eager = Callable[..., Tensor]
+"""A Pointwise module's forward."""
 
 
-def lean(run: BlockRunner) -> BlockRunner:
+def recompute_pointwise(run: BlockRunner) -> BlockRunner:
     """`run`, keeping less for backward. Not for blocks that are checkpointed or compiled."""
 
-    def lean_run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def recomputing_run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not torch.is_grad_enabled():
-            return run(index, block, context, x, c)
+            return run(index, block, *inputs)
         recipes = _Recipes()
-        block.cheaply = recipes.compute
-        try:
-            with saved_tensors_hooks(recipes.pack, _unpack):
-                return run(index, block, context, x, c)
-        finally:
-            block.cheaply = plainly
+        with recomputed(cast(nn.Module, block), recipes.recompute), saved_tensors_hooks(recipes.pack, _unpack):
+            return run(index, block, *inputs)
 
-    return lean_run
+    return recomputing_run
+
+
+@contextmanager
+def recomputed(block: nn.Module, recompute: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, each Pointwise module of `block` runs as `recompute(eager forward, *inputs)`."""
+    steps = [module for module in block.modules() if isinstance(module, Pointwise)]
+    for step in steps:
+        step.forward = partial(recompute, step.forward)
+    try:
+        yield
+    finally:
+        for step in steps:
+            del step.forward  # the class's forward again
 
 
 class _Recipe:
-    """How to compute a tensor again: a function, which may use frozen weights of the block, and its inputs."""
+    """How to compute a tensor again: a module's forward, which may use frozen weights, and its inputs."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
-        self.function = function
-        self.inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    def __init__(self, eager: Eager, inputs: tuple[object, ...]):
+        self.eager = eager
+        self.inputs = [
+            each.detach().requires_grad_(each.requires_grad) if isinstance(each, Tensor) else each for each in inputs
+        ]
         self.made: Tensor | None = None
 
     def value(self) -> Tensor:
         """Made once for all who saved it."""
         if self.made is None:
             with torch.enable_grad():
-                self.made = self.function(*self.inputs)
+                self.made = self.eager(*self.inputs)
         return self.made
 
     def gradients(self, gradient: Tensor) -> list[Tensor | None]:
-        """With respect to the inputs. All who saved the value have been here by now: it is let go, and the inputs too."""
-        needed = [tensor.requires_grad for tensor in self.inputs]
-        wanted = [tensor for tensor in self.inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(self.value(), wanted, gradient))
+        """With respect to the inputs. All who saved the value have been here by now: it is released, and the inputs too."""
+        needed = [isinstance(each, Tensor) and each.requires_grad for each in self.inputs]
+        trained = [each for each in self.inputs if isinstance(each, Tensor) and each.requires_grad]
+        gradients = iter(torch.autograd.grad(self.value(), trained, gradient))
         self.made = None
         self.inputs.clear()  # autograd keeps what it calls until the whole pass is over
-        return [next(found) if is_needed else None for is_needed in needed]
+        return [next(gradients) if is_needed else None for is_needed in needed]
 
 
-class _Cheap(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, recipe: _Recipe, *inputs: object) -> Tensor:
         ctx.recipe = recipe
-        return recipe.function(*inputs)
+        return recipe.eager(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,10 +104,12 @@ class _Recipes:
     def __init__(self) -> None:
         self._by_storage: dict[int, tuple[weakref.ref[Any], _Recipe]] = {}
 
-    def compute(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """function(*inputs), not kept for backward by anyone."""
-        recipe = _Recipe(function, inputs)
-        out: Tensor = _Cheap.apply(recipe, *inputs)
+    def recompute(self, eager: Eager, *inputs: object) -> Tensor:
+        """eager(*inputs), not kept for backward by anyone. inputs: tensors, and modules that `eager` calls."""
+        if not torch.is_grad_enabled():  # a step inside of another one, which is computed again as a whole
+            return eager(*inputs)
+        recipe = _Recipe(eager, inputs)
+        out: Tensor = _Recomputed.apply(recipe, *inputs)
         storage = out.untyped_storage()
         key = storage._cdata
         # once the storage is gone its address may be another tensor's
@@ -99,10 +117,10 @@ class _Recipes:
         return out
 
     def pack(self, tensor: Tensor) -> Tensor | _Packed:
-        found = self._by_storage.get(tensor.untyped_storage()._cdata)
-        if found is None:
+        entry = self._by_storage.get(tensor.untyped_storage()._cdata)
+        if entry is None:
             return tensor
-        return _Packed(found[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return _Packed(entry[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(saved: Tensor | _Packed) -> Tensor:
