@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from library.common.errors import UserError
 from library.common.seeds import StepGenerators, seed_everything
 from library.distributed.gradients import GradientReducer, LossScaler
-from library.memory.apply import arrange
+from library.memory.apply import apply_memory_optimizations
 from library.memory.block_swap import BlockSwapper, swap_limit
 from library.options.resolve import resolve_options
 from library.preflight.network import make_network
@@ -168,7 +168,7 @@ def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device
     precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, device)
     model = random_model(config, precision.dtype)
     settings = memory_settings(args, min(int(args.blocks_to_swap or 0), swap_limit(config.depth)))
-    swapper = arrange(model, settings, device)
+    swapper = apply_memory_optimizations(model, settings, device)
     seed_everything(args.seed or 0)
     network = make_network(network_settings(args), [None] * 3, model).to(device, precision.trained_dtype).train()
     network.attach()

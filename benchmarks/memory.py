@@ -21,30 +21,30 @@ import torch
 
 from benchmarks.job import PRESETS, Shape, training_options
 from benchmarks.measuring import Row, tell
-from library.memory.estimator.optimizer_memory import optimizer_cost
+from library.common.transformer import StepShape
 from library.memory.estimator.planner import (
-    Levers,
+    MemoryOptions,
     ModelBytes,
-    StepReckoner,
+    SearchSpace,
+    StepMemoryEstimator,
     TrainedBytes,
-    Wanted,
     choose,
 )
 from library.memory.estimator.step_memory import (
     POLICIES,
-    StepShape,
-    block_work,
-    lora_bytes,
+    TrainingStep,
     measure_pass,
     weight_bytes,
 )
 from library.preflight.memory import GAPS, GIB, OWN_SHARE
 from library.preflight.network import make_network
+from library.preflight.optimizer_memory import optimizer_cost
 from library.preflight.settings import network_settings
 from library.sd3.mmdit import MMDiT
+from library.sd3.step_inputs import block_flops, block_of, meta_inputs, stream_tokens
 from library.training.precision import choose_precision
 
-EXACT = Wanted(quantisations=(None,))
+EXACT = SearchSpace(quantizations=(None,))
 ENDLESS = 2**60  # bytes
 
 
@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
     tell("memory", rows, chosen.json, resolution=chosen.resolution, batch=args.train_batch_size, rank=args.network_dim)
 
 
-def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepReckoner:
+def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepMemoryEstimator:
     """A released model with its LoRA, on the meta device. Text and latents are cached."""
     precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, torch.device("meta"))
     with torch.device("meta"):
@@ -70,26 +70,27 @@ def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepReckone
     network = make_network(network_settings(args), [None] * 3, model).to("meta", precision.trained_dtype).train()
     network.attach()
     batch = StepShape(shape.batch, shape.height, shape.width, shape.text_tokens)
-    blocks = tuple(weight_bytes(block) for block in model.joint_blocks)
-    passes = {policy: measure_pass(model, network, policy, batch, "cuda") for policy in POLICIES}
-    gradients = lora_bytes(network, len(blocks))
+    blocks = tuple(weight_bytes(block) for block in model.blocks)
+    step = TrainingStep(model, network, lambda: meta_inputs(model.config, precision.dtype, batch), block_of)
+    passes = {policy: measure_pass(step, policy, "cuda") for policy in POLICIES}
+    gradients = step.trained_bytes()
     size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     cost = optimizer_cost(args.optimizer_type, args.learning_rate, args.optimizer_args, precision.trained_dtype)
     trained = TrainedBytes(
         weight_bytes(network), tuple(gradients), size - sum(gradients), int(cost.kept * size), 0, int(cost.step * size)
     )
-    streams = batch.streams * model.config.hidden_size * precision.dtype.itemsize
+    streams = stream_tokens(batch) * model.config.hidden_size * precision.dtype.itemsize
     models: dict[str | None, ModelBytes] = {None: ModelBytes(blocks, weight_bytes(model) - sum(blocks), passes)}
-    return StepReckoner(models, trained, 0, 0, streams, tuple(block_work(model, batch)), rounds_pinned=True)
+    return StepMemoryEstimator(models, trained, 0, 0, streams, tuple(block_flops(model, batch)), rounds_pinned=True)
 
 
-def rows_of(preset: str, reckoned: StepReckoner, cards: list[float]) -> list[Row]:
+def rows_of(preset: str, reckoned: StepMemoryEstimator, cards: list[float]) -> list[Row]:
     """With each saver alone, with all of them, and as the plan chooses for each card."""
     depth = reckoned.depth
     told = {
-        "no option": Levers(),
-        "--lean_activations": Levers(lean=True),
-        "--gradient_checkpointing": Levers("full", depth),
+        "no option": MemoryOptions(),
+        "--lean_activations": MemoryOptions(recompute_pointwise=True),
+        "--gradient_checkpointing": MemoryOptions("full", depth),
         "the least": choose(reckoned, EXACT, 0, ENDLESS)[0],
     }
     for card in cards:
@@ -99,7 +100,7 @@ def rows_of(preset: str, reckoned: StepReckoner, cards: list[float]) -> list[Row
     return [row(preset, name, reckoned, levers) for name, levers in told.items()]
 
 
-def row(preset: str, name: str, reckoned: StepReckoner, levers: Levers) -> Row:
+def row(preset: str, name: str, reckoned: StepMemoryEstimator, levers: MemoryOptions) -> Row:
     step = reckoned.step_bytes(levers)
     return {
         "what": f"{preset}: {name}",
@@ -107,7 +108,7 @@ def row(preset: str, name: str, reckoned: StepReckoner, levers: Levers) -> Row:
         "weights": round(step.base / GIB, 2),
         "activations": round(step.activations / GIB, 2),
         "host GiB": round(reckoned.host_bytes(levers) / GIB, 1),
-        "options": " ".join(levers.options(reckoned.depth)),
+        "options": " ".join(levers.flags(reckoned.depth)),
     }
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from benchmarks.devices import wait_for
 from benchmarks.job import CLIP_TOKENS, Shape, add_sizes, random_batch, random_model, sizes, training_options
 from benchmarks.measuring import Row, add_face, compare, ours, tell, theirs
-from library.memory.apply import MemorySettings, arrange
-from library.memory.quantization import fp8_product_problems
+from library.memory.apply import MemorySettings, apply_memory_optimizations
+from library.memory.quantization import fp8_matmul_problems
 from library.preflight.network import make_network
 from library.preflight.settings import network_settings
 from library.sd3.checkpoint import locate_parts
@@ -34,10 +34,10 @@ from library.training.precision import Precision
 CPU = torch.device("cpu")
 KINDS = {
     "bf16": MemorySettings(),
-    "fp8": MemorySettings(quantisation="fp8"),
-    "fp8, --fp8_matmul": MemorySettings(quantisation="fp8", fp8_products=True),
-    "int8": MemorySettings(quantisation="int8"),
-    "nf4": MemorySettings(quantisation="nf4"),
+    "fp8": MemorySettings(quantization="fp8"),
+    "fp8, --fp8_matmul": MemorySettings(quantization="fp8", fp8_matmul=True),
+    "int8": MemorySettings(quantization="int8"),
+    "nf4": MemorySettings(quantization="nf4"),
 }
 TIMESTEPS = (100.0, 500.0, 900.0)
 
@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
     wanted = run(base, MemorySettings(), torch.float32, shape, device)
     rows = []
     for what, settings in KINDS.items():
-        if settings.fp8_products and fp8_product_problems(device):
+        if settings.fp8_matmul and fp8_matmul_problems(device):
             continue
         rounds = torch.bfloat16 if what == "bf16" else torch.float32  # of the others the storage's error alone
         rows.append(compared(what, run(base, settings, rounds, shape, device), wanted))
@@ -87,7 +87,7 @@ class Seen:
 def run(base: MMDiT, settings: MemorySettings, dtype: torch.dtype, shape: Shape, device: torch.device) -> Seen:
     """Forward and backward of one batch, with a LoRA of fixed noise, on a copy of the model."""
     model = copy.deepcopy(base).to(dtype)
-    arrange(model, settings, device)
+    apply_memory_optimizations(model, settings, device)
     network = attach_noise(model, device)
     batch = random_batch(model.config, shape, Precision(dtype, torch.float32, False), device)
     started = time.perf_counter()

@@ -85,9 +85,9 @@ def copy_as_in_a_step(job: Job) -> None:
     """Bring every swapped block to the device, forward and back, with nothing between."""
     assert job.swapper is not None
     for index in job.swapper.order:
-        job.swapper.bring(index, forward=True)
+        job.swapper.prefetch(index, forward=True)
     for index in reversed(job.swapper.order):
-        job.swapper.bring(index, forward=False)
+        job.swapper.prefetch(index, forward=False)
 
 
 def copied_bytes(job: Job) -> int:

@@ -39,7 +39,7 @@ from library.distributed.launch import (
 )
 from library.distributed.zero import build_shared_optimizer, can_be_shared
 from library.flow.timesteps import validation_timesteps
-from library.memory.offload import send_home
+from library.memory.offload import offload_to_cpu
 from library.model_family import ModelFamily
 from library.monitoring.dataset_sheets import draw_dataset
 from library.monitoring.run_events import RunEvents
@@ -275,7 +275,7 @@ class NetworkTrainer(ModelFamily):
         if not args.sample_prompts:
             self.vae = None
         elif self.vae is not None and not args.highvram:
-            send_home(self.vae, self.device)
+            offload_to_cpu(self.vae, self.device)
 
     def load_denoiser(self) -> None:
         """The frozen denoiser, with --base_weights merged, on its device with the memory savers that were asked for."""

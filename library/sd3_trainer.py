@@ -22,10 +22,10 @@ from library.data.prompts import PreviewPrompt
 from library.data.settings import Size
 from library.distributed.fsdp import ShardedModel, ShardSettings
 from library.flow.samplers import SAMPLERS
-from library.memory.apply import arrange
+from library.memory.apply import apply_memory_optimizations
 from library.memory.block_swap import swap_limit
-from library.memory.offload import visiting
-from library.memory.quantization import quantise
+from library.memory.offload import onload
+from library.memory.quantization import quantize
 from library.monitoring.previews import Previewer, PreviewSettings
 from library.network_trainer import NetworkTrainer
 from library.preflight.sd3_inspector import Sd3Inspector
@@ -85,8 +85,8 @@ class Sd3NetworkTrainer(NetworkTrainer):
             dtype=self.precision.dtype,
             t5_device=torch.device(args.t5xxl_device) if args.t5xxl_device else self.device,
             t5_dtype=t5_dtype,
-            t5_quantisation=t5_format,
-            quantise=partial(quantise, within=lambda path: True),
+            t5_quantization=t5_format,
+            quantize=partial(quantize, within=lambda path: True),
             mmap=not args.disable_mmap_load_safetensors,
             change=self._encoder_changes(present),
             keep_freed_memory=args.highvram,
@@ -170,7 +170,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         self.base_weights.merge([], model)
         depth, shared_out = len(model.joint_blocks), self.sharing.base is not None
         settings = memory_settings(args, self.blocks_to_swap(depth), shared_out, len(self.image_sizes()) > 1)
-        self.swapper = arrange(model, settings, self.device)
+        self.swapper = apply_memory_optimizations(model, settings, self.device)
         resolutions = [dataset.settings.resolution for dataset in self.plan.index.training]
         self.scaled_pos_embed = (
             ScaledPosEmbed(resolutions, model.config.hidden_size, self.device) if args.enable_scaled_pos_embed else None
@@ -250,7 +250,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         """Normalised latents -> images. A VAE that previews alone need is in host memory between them, unless --highvram."""
         if self.vae is None:
             self.vae = self.load_vae()
-        with visiting(self.vae, self.device, stays=self.latents is None or self.args.highvram):
+        with onload(self.vae, self.device, keep_resident=self.latents is None or self.args.highvram):
             return self.vae.decode(denormalise(latents))
 
 

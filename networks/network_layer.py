@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from library.memory.quantization import QuantisedLinear
+from library.memory.quantization import QuantizedLinear
 
 BaseLayer: TypeAlias = nn.Linear | nn.Conv2d
 PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,9 +51,9 @@ def left_matmul(u: Tensor, layer: BaseLayer) -> Tensor:
 
 def _dequantized(layer: BaseLayer) -> Tensor:
     """A quantized layer's weight in the dtype of its bias, which is that of its activations; float32 where it has no bias."""
-    assert isinstance(layer, QuantisedLinear)
+    assert isinstance(layer, QuantizedLinear)
     dtype = torch.float32 if layer.bias is None else layer.bias.dtype
-    return layer.widen(layer.weight, layer.weight_scale, layer.shape, dtype)
+    return layer.dequantize(layer.weight, layer.weight_scale, layer.shape, dtype)
 
 
 class NetworkLayer(nn.Module, ABC):

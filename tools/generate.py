@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from library.common.errors import UserError
 from library.data.prompts import PreviewPrompt
 from library.flow.samplers import SAMPLERS
-from library.memory.apply import MemorySettings, arrange
+from library.memory.apply import MemorySettings, apply_memory_optimizations
 from library.memory.block_swap import swap_limit
-from library.memory.quantization import quantise
+from library.memory.quantization import quantize
 from library.monitoring.previews import Previewer, PreviewSettings
 from library.sd3.checkpoint import ModelFiles, locate_parts
 from library.sd3.conditioning import ContextSizes, TextEncoding, TextSettings, missing_encoder_notes, to_context
@@ -168,7 +168,7 @@ def encode_texts(
         machine.t5_device,
         t5_dtype,
         t5_format,
-        quantise=partial(quantise, within=lambda path: True),
+        quantize=partial(quantize, within=lambda path: True),
         change={name: _encoder_change(place, loras) for place, name in enumerate(ENCODERS)} if loras else {},
     )
     stage = TextStage(files, load_tokenizers(tokenizer_cache, files.mmdit.path, present), settings, placement)
@@ -190,7 +190,7 @@ def load_denoiser(files: ModelFiles, loras: Sequence[tuple[LoraFile, float]], ma
     model = load_mmdit(files.mmdit, first, machine.dtype)
     merge_loras(loras, [], model)
     quantisation = "fp8" if machine.fp8 else None
-    arrange(model, MemorySettings(machine.blocks_to_swap, quantisation=quantisation), machine.device)
+    apply_memory_optimizations(model, MemorySettings(machine.blocks_to_swap, quantization=quantisation), machine.device)
     return model
 
 

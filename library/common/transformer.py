@@ -7,6 +7,7 @@ A model family's transformer is a `TransformerModel`. It calls `self.run_block(i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -51,3 +52,25 @@ class Pointwise(nn.Module):
 
     A subclass's forward takes and returns tensors. It may use frozen weights. `library.memory.recompute` finds these modules.
     """
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The largest batch of a run."""
+
+    batch: int
+    height: int  # pixels
+    width: int
+    context_tokens: int
+    trains_text: bool = False  # gradients go on into the text encoders
+
+    def __str__(self) -> str:
+        return f"batches of {self.batch} at {self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
+class BlockFlops:
+    """Floating-point operations of one block's forward."""
+
+    matmul: float
+    attention: float

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from library.sd3.mmdit import BlockRunner, JointBlock, MMDiT
+from library.common.transformer import BlockRunner, TransformerBlock
+from library.sd3.mmdit import MMDiT
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ def with_equal_backward(run: BlockRunner, first: int) -> BlockRunner:
     Module dropout may leave a block without a trained layer on one process alone; the others would wait for it in backward.
     """
 
-    def anchored_run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        if index == first and torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()
-        return run(index, block, context, x, c)
+    def anchored_run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if index == first and torch.is_grad_enabled() and not inputs[1].requires_grad:
+            inputs = (inputs[0], inputs[1].detach().requires_grad_(), *inputs[2:])
+        return run(index, block, *inputs)
 
     return anchored_run
 

@@ -55,7 +55,13 @@ class _DequantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: torch.Size, dequantize: Dequantize
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        shape: torch.Size,
+        dequantize: Dequantize,
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.shape, ctx.dequantize = shape, dequantize
@@ -192,7 +198,10 @@ def quantize_blocks(
 
 
 def replace_linears(
-    model: nn.Module, kind: type[QuantizedLinear], within: Callable[[str], bool], device: torch.device | None = None
+    model: nn.Module,
+    kind: type[QuantizedLinear],
+    within: Callable[[str], bool] = lambda path: True,
+    device: torch.device | None = None,
 ) -> int:
     """As `quantize`, by class."""
     replaced = 0
@@ -204,4 +213,3 @@ def replace_linears(
             setattr(model.get_submodule(parent), name, new)
             replaced += 1
     return replaced
-

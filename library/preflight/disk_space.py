@@ -17,7 +17,7 @@ from library.common.errors import UserError
 from library.data.captions import CaptionPipeline
 from library.data.index import DatasetIndex
 from library.data.records import IndexedDataset
-from library.memory.estimator.optimizer_memory import optimizer_cost
+from library.preflight.optimizer_memory import optimizer_cost
 from library.preflight.run_length import RunLength
 from library.saving.names import epochs_between_saves
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from library.common.transformer import BlockFlops, StepShape, TransformerModel
 from library.data.settings import Size
 from networks.parameter_groups import LearningRates
 
@@ -33,6 +34,8 @@ class VaePart:
 
     model: nn.Module
     latent_channels: int
+    encode: Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> latents
+    decode: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,12 @@ class MemoryParts:
     """The models of a run on the meta device, for the memory planner."""
 
     denoiser: Callable[
-        [str | None], nn.Module
-    ]  # a new frozen one with its weights stored as "fp8", "int8", "nf4" or None
+        [str | None], TransformerModel
+    ]  # a frozen one, its weights stored as "fp8", "int8", "nf4" or None
+    inputs: Callable[[StepShape], tuple[Tensor, ...]]  # of its forward
+    block_flops: Callable[[StepShape], Iterable[BlockFlops]]
+    block_of: Callable[[str], int | None]  # a trained tensor's name -> the number of its block
+    stream_tokens: Callable[[StepShape], int]  # of all residual streams
     hidden_size: int  # of its residual streams
     text_tokens: int  # of a caption, as the denoiser takes it
     vae: VaePart

@@ -12,7 +12,7 @@ import torch
 
 from library.common.errors import UserError
 from library.memory.checkpointing import CheckpointSettings
-from library.memory.estimator.planner import EVERY, Wanted, choose
+from library.memory.estimator.planner import ALL_BLOCKS, SearchSpace, choose
 from library.memory.estimator.table import MemoryPlan, Phase, size_text
 from library.preflight.inspector import Files, ModelInspector
 from library.preflight.memory_profile import MemoryProfile, ProfileSettings
@@ -86,12 +86,12 @@ def plan_memory(
     space = search_space(settings)
     with quiet(logging.INFO):
         profile = MemoryProfile(
-            settings.profile, plan, inspector, device.type, precision, processes, space.quantisations[0]
+            settings.profile, plan, inspector, device.type, precision, processes, space.quantizations[0]
         )
-        chosen = _choose(profile, replace(space, quantisations=space.quantisations[:1]), budget)
-        for quantization in space.quantisations[1:]:
+        chosen = _choose(profile, replace(space, quantizations=space.quantizations[:1]), budget)
+        for quantization in space.quantizations[1:]:
             if not chosen.fits and profile.measure_quantized(quantization or ""):
-                chosen = _choose(profile, replace(space, quantisations=(quantization,)), budget)
+                chosen = _choose(profile, replace(space, quantizations=(quantization,)), budget)
     if not chosen.fits:
         raise UserError(
             f"No choice of memory options fits: the least is {size_text(chosen.peak)}, and {size_text(budget.device)} can be used "
@@ -100,7 +100,7 @@ def plan_memory(
     return chosen
 
 
-def _choose(profile: MemoryProfile[Files], space: Wanted, budget: MemoryBudget) -> MemoryPlan:
+def _choose(profile: MemoryProfile[Files], space: SearchSpace, budget: MemoryBudget) -> MemoryPlan:
     """The best choice with T5 on the device, and with T5 on the CPU where only that fits."""
     for t5_on_cpu in (False, True) if profile.an_encoder_may_move else (False,):
         captions = profile.caption_bytes(t5_on_cpu)
@@ -117,20 +117,20 @@ def _choose(profile: MemoryProfile[Files], space: Wanted, budget: MemoryBudget) 
     return MemoryPlan(options, t5_on_cpu, fits, estimator, phases, budget.device, budget.source, str(profile.shape))
 
 
-def search_space(settings: PlannerSettings) -> Wanted:
+def search_space(settings: PlannerSettings) -> SearchSpace:
     """What the options leave open: with --memory_plan all that is unset, else the number of swapped blocks alone."""
     checkpointing, free = settings.checkpointing, settings.plans_all
     open_swap = settings.plans_swap or (free and settings.blocks_to_swap is None)
     choices = (False, True) if free and not settings.compiles else (False,)
-    space = Wanted(
+    space = SearchSpace(
         swap=None if open_swap else settings.blocks_to_swap or 0,
-        lean=(True,) if settings.lean_activations else choices,
+        recompute_pointwise=(True,) if settings.lean_activations else choices,
     )
     if checkpointing is not None:
-        policy, blocks = "selective" if checkpointing.selective else "full", checkpointing.blocks or EVERY
+        policy, blocks = "selective" if checkpointing.selective else "full", checkpointing.blocks or ALL_BLOCKS
         space = replace(space, policies=(policy,), checkpointed=blocks, offload=(checkpointing.offload,))
     elif not free:
         space = replace(space, policies=("none",), offload=(False,))
     if settings.quantization is not None or not free:
-        space = replace(space, quantisations=(settings.quantization,))
+        space = replace(space, quantizations=(settings.quantization,))
     return space

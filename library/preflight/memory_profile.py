@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic
 
 import torch
@@ -11,25 +12,24 @@ from torch import nn
 
 from library.caching.fill import encoder_roles
 from library.common.errors import UserError
+from library.common.transformer import StepShape, TransformerModel
 from library.data.images import VAE_SCALE_FACTOR
 from library.data.prompts import PreviewPrompt
-from library.memory.estimator.optimizer_memory import optimizer_cost
-from library.memory.estimator.planner import ModelBytes, StepReckoner, TrainedBytes
+from library.memory.estimator.planner import ModelBytes, StepMemoryEstimator, TrainedBytes
 from library.memory.estimator.step_memory import (
     POLICIES,
-    StepShape,
-    block_work,
-    lora_bytes,
+    TrainingStep,
+    measure_call,
     measure_encoder,
     measure_forward,
     measure_pass,
-    measure_vae,
     weight_bytes,
 )
 from library.memory.estimator.table import Phase
 from library.preflight.disk_space import OptimizerSettings
 from library.preflight.inspector import Files, MemoryParts, ModelInspector
 from library.preflight.network import NetworkSettings, make_network
+from library.preflight.optimizer_memory import optimizer_cost
 from library.preflight.plan import RunPlan
 from library.training.precision import Precision
 from networks.network import Network
@@ -97,10 +97,12 @@ class MemoryProfile(Generic[Files]):
         """The denoiser, the network, and sizes that do not depend on the denoiser's storage."""
         model, network = self._denoiser_and_network(quantization)
         self.models[quantization] = self._model_bytes(model, network)
-        self.trained = self._trained_bytes(network, len(model.joint_blocks), processes)
-        self.work = tuple(block_work(model, self.shape))
-        number = torch.float32 if self.precision.dtype == torch.float16 else self.precision.dtype  # see MMDiT.forward
-        self.stream_bytes = self.shape.streams * self.parts.hidden_size * number.itemsize
+        self.trained = self._trained_bytes(network, self._step(model, network).trained_bytes(), processes)
+        self.work = tuple(self.parts.block_flops(self.shape))
+        number = (
+            torch.float32 if self.precision.dtype == torch.float16 else self.precision.dtype
+        )  # of the residual streams
+        self.stream_bytes = self.parts.stream_tokens(self.shape) * self.parts.hidden_size * number.itemsize
         self.preview_bytes = self._preview_forward(model)
 
     def measure_quantized(self, quantization: str) -> bool:
@@ -113,7 +115,7 @@ class MemoryProfile(Generic[Files]):
         network.detach()  # the encoders have their network already
         return True
 
-    def _denoiser_and_network(self, quantization: str | None) -> tuple[nn.Module, Network]:
+    def _denoiser_and_network(self, quantization: str | None) -> tuple[TransformerModel, Network]:
         model = self.parts.denoiser(quantization)
         return model, self._network(model if self.plan.rates.unet > 0 else None)
 
@@ -133,18 +135,22 @@ class MemoryProfile(Generic[Files]):
         network.attach()
         return network
 
-    def _model_bytes(self, model: nn.Module, network: nn.Module) -> ModelBytes:
-        blocks = tuple(weight_bytes(block) for block in model.joint_blocks)
-        passes = {policy: measure_pass(model, network, policy, self.shape, self.device_type) for policy in POLICIES}
+    def _step(self, model: TransformerModel, network: nn.Module) -> TrainingStep:
+        inputs = partial(self.parts.inputs, self.shape)
+        return TrainingStep(model, network, inputs, self.parts.block_of, self.shape.trains_text)
+
+    def _model_bytes(self, model: TransformerModel, network: nn.Module) -> ModelBytes:
+        blocks = tuple(weight_bytes(block) for block in model.blocks)
+        step = self._step(model, network)
+        passes = {policy: measure_pass(step, policy, self.device_type) for policy in POLICIES}
         return ModelBytes(blocks, weight_bytes(model) - sum(blocks), passes)
 
-    def _trained_bytes(self, network: nn.Module, depth: int, processes: int) -> TrainedBytes:
+    def _trained_bytes(self, network: nn.Module, gradients: list[int], processes: int) -> TrainedBytes:
         optimizer = self.settings.optimizer
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         numbers = sum(parameter.numel() for parameter in parameters)
         cost = optimizer_cost(optimizer.name, optimizer.learning_rate, optimizer.args, self.precision.trained_dtype)
-        gradients = lora_bytes(network, depth)
         averages = (4 * numbers if self.settings.keeps_average else 0) + (4 * numbers if processes > 1 else 0)
         return TrainedBytes(
             weight_bytes(network),
@@ -155,13 +161,13 @@ class MemoryProfile(Generic[Files]):
             int(cost.step * size),
         )
 
-    def _preview_forward(self, model: nn.Module) -> int:
+    def _preview_forward(self, model: TransformerModel) -> int:
         if not self.plan.prompts:
             return 0
         width, height = largest_preview(self.plan.prompts)
         together = 2 * height * width <= self.shape.batch * self.shape.height * self.shape.width
         shape = replace(self.shape, batch=2 if together else 1, height=height, width=width)
-        return measure_forward(model, shape, self.device_type)
+        return measure_forward(model, partial(self.parts.inputs, shape), self.device_type)
 
     def _measure_encoders(self) -> None:
         """Weights, and what encoding takes beside them: for captions that are cached and for a batch in training."""
@@ -185,11 +191,15 @@ class MemoryProfile(Generic[Files]):
         self.vae_weights = weight_bytes(vae.model)
         count = settings.vae_batch_size if settings.caches_latents else min(shape.batch, settings.vae_batch_size)
         pixels = (max(1, count), 3, shape.height, shape.width)
-        self.encode_bytes = measure_vae(vae.model, "encode", pixels, self.device_type)
+        self.encode_bytes = measure_call(
+            vae.model, lambda: vae.encode(torch.empty(pixels, device="meta")), self.device_type
+        )
         if self.plan.prompts:
             width, height = largest_preview(self.plan.prompts)
             latents = (1, vae.latent_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
-            self.decode_bytes = measure_vae(vae.model, "decode", latents, self.device_type)
+            self.decode_bytes = measure_call(
+                vae.model, lambda: vae.decode(torch.empty(latents, device="meta")), self.device_type
+            )
 
     # --- put together, with the movable encoder on the device or on the CPU ------------------------------------------
 
@@ -212,9 +222,9 @@ class MemoryProfile(Generic[Files]):
         names = self._on_device(self.roles.live, t5_on_cpu)
         return sum(self.encoder_weights[name] for name in names) + (self.vae_weights if self._vae_stays() else 0)
 
-    def estimator(self, t5_on_cpu: bool) -> StepReckoner:
+    def estimator(self, t5_on_cpu: bool) -> StepMemoryEstimator:
         """What estimates a step under any memory options."""
-        return StepReckoner(
+        return StepMemoryEstimator(
             self.models,
             self.trained,
             self.live_weights(t5_on_cpu),
@@ -224,7 +234,7 @@ class MemoryProfile(Generic[Files]):
             rounds_pinned=self.device_type == "cuda",
         )
 
-    def other_phases_peak(self, estimator: StepReckoner) -> int:
+    def other_phases_peak(self, estimator: StepMemoryEstimator) -> int:
         """The most that phases other than a step need beside the denoiser's weights."""
         return max((phase.bytes for phase in self.live_phases(estimator, 0)), default=0)
 
@@ -232,7 +242,7 @@ class MemoryProfile(Generic[Files]):
         """Whether the VAE stays on the device between encodings or previews."""
         return not self.settings.caches_latents or (self.settings.highvram and bool(self.plan.prompts))
 
-    def live_phases(self, estimator: StepReckoner, base: int) -> list[Phase]:
+    def live_phases(self, estimator: StepMemoryEstimator, base: int) -> list[Phase]:
         """The phases of training other than its step, with `base` bytes of the denoiser's weights on the device."""
         resident = base + estimator.trained.kept + estimator.encoder_weights
         phases = []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from library.data.settings import Size
 from library.memory.compile_backend import backend_problems
-from library.memory.quantization import fp8_product_problems, in_joint_blocks, replace_linears
-from library.memory.stand_ins import STAND_INS
+from library.memory.meta_linear import META_KINDS
+from library.memory.quantization import fp8_matmul_problems, replace_linears
 from library.preflight.inspector import EncoderPart, MemoryParts, ModelInspector, VaePart
 from library.preflight.network import NetworkSettings
 from library.sd3.checkpoint import ModelFiles, Part, locate_parts
@@ -21,6 +22,7 @@ from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import empty_mmdit, empty_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH
+from library.sd3.step_inputs import block_flops, block_of, meta_inputs, stream_tokens
 from library.sd3.text_encoder_sizes import check_text_encoder
 from library.sd3.text_encoders import checkpoint_layers, empty_encoder
 from library.sd3.text_stage import ENCODERS, parse_t5_dtype
@@ -106,7 +108,7 @@ class Sd3Inspector(ModelInspector[ModelFiles]):
         """What --t5xxl_device, --torch_compile and --fp8_matmul ask for and this machine or build lacks."""
         settings, t5_device = self.settings, self.settings.t5_device
         problems = backend_problems(settings.compile_backend) if settings.compile_backend else []
-        problems += fp8_product_problems(self.device) if settings.fp8_matmul else []
+        problems += fp8_matmul_problems(self.device) if settings.fp8_matmul else []
         try:
             device = torch.device(t5_device or "cpu")
             torch.empty(1, device=device).tolist()
@@ -155,16 +157,22 @@ class Sd3Inspector(ModelInspector[ModelFiles]):
         def denoiser(quantization: str | None) -> MMDiT:
             model = empty_mmdit(files.mmdit).to(self.dtype).requires_grad_(False)
             if quantization is not None:
-                replace_linears(model, STAND_INS[quantization], in_joint_blocks)
+                for block in model.blocks:
+                    replace_linears(block, META_KINDS[quantization])
             return model
 
         assert files.vae is not None
+        config = mmdit_config(files)
         vae = empty_vae(files.vae).to(torch.float32 if self.settings.whole_vae else self.dtype)
         return MemoryParts(
             denoiser,
-            mmdit_config(files).hidden_size,
+            partial(meta_inputs, config, self.dtype),
+            partial(block_flops, empty_mmdit(files.mmdit)),
+            block_of,
+            stream_tokens,
+            config.hidden_size,
             CLIP_TOKENS + self.settings.t5_tokens,
-            VaePart(vae, vae.config.latent_channels),
+            VaePart(vae, vae.config.latent_channels, vae.encode, vae.decode),
             {name: self._encoder(name, part) for name, part in files.encoders().items() if part is not None},
         )
 
@@ -177,7 +185,7 @@ class Sd3Inspector(ModelInspector[ModelFiles]):
             storage = "fp8"
         model = model.to(dtype)
         if storage is not None:
-            replace_linears(model, STAND_INS[storage], lambda path: ".block." in path)
+            replace_linears(model, META_KINDS[storage], lambda path: ".block." in path)
         on_device = not (t5_device or "").startswith("cpu")
         return EncoderPart(model, self.settings.t5_tokens, on_device, not t5_device, checkpoint_layers)
 

@@ -93,7 +93,7 @@ def checkpoint_settings(args: argparse.Namespace) -> CheckpointSettings | None:
 
 
 def memory_settings(
-    args: argparse.Namespace, blocks_to_swap: int, stays: bool = False, several_sizes: bool = False
+    args: argparse.Namespace, blocks_to_swap: int, sharded: bool = False, several_sizes: bool = False
 ) -> MemorySettings:
     """How the denoiser is to spare memory. blocks_to_swap: as many as the model has to give. several_sizes: of images, in the run."""
     return MemorySettings(
@@ -101,10 +101,10 @@ def memory_settings(
         checkpointing=checkpoint_settings(args),
         compile_backend=args.dynamo_backend if args.torch_compile else None,
         dynamic_shapes=several_sizes,
-        quantisation="fp8" if args.fp8_base else args.base_quantization,
-        fp8_products=args.fp8_matmul,
-        lean=args.lean_activations,
-        stays=stays,
+        quantization="fp8" if args.fp8_base else args.base_quantization,
+        fp8_matmul=args.fp8_matmul,
+        recompute_pointwise=args.lean_activations,
+        sharded=sharded,
     )
 
 
@@ -338,14 +338,14 @@ def profile_settings(args: argparse.Namespace) -> ProfileSettings:
 
 def planned_options(args: argparse.Namespace, plan: MemoryPlan) -> argparse.Namespace:
     """A copy of the options with the planner's choice in them, as if it had been on the command line."""
-    chosen, values = plan.levers, dict(vars(args))
+    chosen, values = plan.options, dict(vars(args))
     values["blocks_to_swap"] = chosen.swap or None
     values["gradient_checkpointing"] = chosen.policy != "none"
     values["gradient_checkpointing_blocks"] = chosen.checkpointed if 0 < chosen.checkpointed < plan.depth else None
     values["selective_checkpointing"] = chosen.policy == "selective"
     values["cpu_offload_checkpointing"] = chosen.offload
-    values["lean_activations"] = chosen.lean
-    if chosen.quantisation == "fp8" and not args.fp8_base:
+    values["lean_activations"] = chosen.recompute_pointwise
+    if chosen.quantization == "fp8" and not args.fp8_base:
         values["fp8_base"] = values["fp8_base_unet"] = True
     if plan.t5_on_cpu:
         values["t5xxl_device"] = "cpu"

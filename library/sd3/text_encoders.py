@@ -60,7 +60,7 @@ def load_t5(
         block.load_state_dict({key[len(prefix) :]: value for key, value in weights.items()}, strict=True, assign=True)
         block.requires_grad_(False)
         if quantize is not None:
-            _quantise_t5_block(block, quantize)
+            _quantize_t5_block(block, quantize)
     rest = _load(part, ["shared.weight", "encoder.final_layer_norm.weight"], device, dtype, mmap)
     model.shared.load_state_dict({"weight": rest["shared.weight"]}, strict=True, assign=True)
     model.encoder.final_layer_norm.load_state_dict(
@@ -77,10 +77,10 @@ def empty_encoder(part: Part) -> nn.Module:
     return model.requires_grad_(False).eval().to("meta")
 
 
-def quantise_t5(model: nn.Module, quantize: Quantize) -> None:
+def quantize_t5(model: nn.Module, quantize: Quantize) -> None:
     """What load_t5 does with `quantize`, for a T5 that was loaded wide."""
     for block in cast(Any, model).encoder.block:
-        _quantise_t5_block(block, quantize)
+        _quantize_t5_block(block, quantize)
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -94,7 +94,7 @@ def checkpoint_layers(model: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _quantise_t5_block(block: Any, quantize: Quantize) -> None:
+def _quantize_t5_block(block: Any, quantize: Quantize) -> None:
     quantize(block)
     mlp = block.layer[1].DenseReluDense
     mlp.forward = MethodType(_gated_mlp, mlp)

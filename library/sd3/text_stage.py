@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.sd3.checkpoint import ModelFiles, fingerprint
 from library.sd3.conditioning import TextEncoding, TextSettings, encode_captions
-from library.sd3.text_encoders import load_clip, load_t5, quantise_t5
+from library.sd3.text_encoders import load_clip, load_t5, quantize_t5
 from library.sd3.tokenizers import Tokenizers
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class EncoderPlacement:
     dtype: torch.dtype
     t5_device: torch.device
     t5_dtype: torch.dtype
-    t5_quantisation: str | None = None  # one of QUANTISED
-    quantise: Callable[[nn.Module, str], Any] | None = (
+    t5_quantization: str | None = None  # one of QUANTISED
+    quantize: Callable[[nn.Module, str], Any] | None = (
         None  # replaces a block's linear layers, see library.memory.quantization
     )
     mmap: bool = True
@@ -144,21 +144,21 @@ class TextStage:
             change.apply(model)
             quantise_later = self._quantise_block() if name == "t5xxl" else None
             if quantise_later is not None:
-                quantise_t5(model, quantise_later)
+                quantize_t5(model, quantise_later)
         return model
 
     def _quantise_block(self) -> Callable[[nn.Module], None] | None:
-        kind, quantise = self.placement.t5_quantisation, self.placement.quantise
-        if kind is None or quantise is None:
+        kind, quantize = self.placement.t5_quantization, self.placement.quantize
+        if kind is None or quantize is None:
             return None
 
         def quantise_block(block: nn.Module) -> None:
-            quantise(block, kind)
+            quantize(block, kind)
 
         return quantise_block
 
     def _t5_format(self) -> str:
-        return f"{self.placement.t5_dtype}/{self.placement.t5_quantisation}"
+        return f"{self.placement.t5_dtype}/{self.placement.t5_quantization}"
 
 
 def parse_t5_dtype(text: str | None, default: torch.dtype) -> tuple[torch.dtype, str | None]:

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import load, peft_step, quantisation, step, swap
 from benchmarks.job import PRESETS, Shape, add_sizes, make_job, model_flops, random_model, sizes, training_options
 from library.common.errors import UserError
-from library.memory.estimator.step_memory import StepShape, block_work
+from library.common.transformer import StepShape
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
+from library.sd3.step_inputs import block_flops
 from tests.sd3.real_sizes import MMDITS
 
 CPU = torch.device("cpu")
@@ -135,8 +136,8 @@ def test_operations_of_real_widths_are_those_of_the_formula(preset: str):
     config, args = config_of("--preset", preset, "--depth", "2"), training_options([])
     shape = Shape.of(args, 1024)
     with torch.device("meta"):
-        work = block_work(MMDiT(config), StepShape(shape.batch, shape.height, shape.width, shape.text_tokens))
-    formula = sum(2 * block.products + 3 * block.attention for block in work)
+        work = list(block_flops(MMDiT(config), StepShape(shape.batch, shape.height, shape.width, shape.text_tokens)))
+    formula = sum(2 * block.matmul + 3 * block.attention for block in work)
     assert model_flops(config, args, shape) == pytest.approx(formula, rel=0.03)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.distributed.fsdp import ShardedModel, ShardSettings, mesh_shape, weight_bytes
-from library.memory.apply import MemorySettings, arrange
+from library.memory.apply import MemorySettings, apply_memory_optimizations
 from library.memory.checkpointing import CheckpointSettings
 from library.sd3.mmdit import MMDiT
 from tests.sd3.tiny import fill_with_noise, tiny_mmdit_config
@@ -32,11 +32,11 @@ CASES = {
         ShardSettings(),
         torch.float32,
     ),
-    "fp8": (MemorySettings(quantisation="fp8", checkpointing=RECOMPUTED), ShardSettings(), torch.bfloat16),
-    "int8": (MemorySettings(quantisation="int8"), ShardSettings(), torch.float32),
-    "nf4": (MemorySettings(quantisation="nf4", checkpointing=RECOMPUTED), ShardSettings(), torch.float32),
+    "fp8": (MemorySettings(quantization="fp8", checkpointing=RECOMPUTED), ShardSettings(), torch.bfloat16),
+    "int8": (MemorySettings(quantization="int8"), ShardSettings(), torch.float32),
+    "nf4": (MemorySettings(quantization="nf4", checkpointing=RECOMPUTED), ShardSettings(), torch.float32),
     "lean, and some recomputed": (
-        MemorySettings(lean=True, checkpointing=CheckpointSettings(blocks=2)),
+        MemorySettings(recompute_pointwise=True, checkpointing=CheckpointSettings(blocks=2)),
         ShardSettings(),
         torch.float32,
     ),
@@ -44,12 +44,12 @@ CASES = {
 }
 
 
-def model_of(settings: MemorySettings, dtype: torch.dtype, stays: bool) -> tuple[MMDiT, list[nn.Parameter]]:
+def model_of(settings: MemorySettings, dtype: torch.dtype, sharded: bool) -> tuple[MMDiT, list[nn.Parameter]]:
     """A frozen model, and a trained vector in each block."""
     model = MMDiT(tiny_mmdit_config("5-medium", depth=4, hidden_size=64)).requires_grad_(False)
     fill_with_noise(model)
     model = model.to(dtype)
-    arrange(model, MemorySettings(**{**vars(settings), "stays": stays}), CPU)
+    apply_memory_optimizations(model, MemorySettings(**{**vars(settings), "sharded": sharded}), CPU)
     trained = []
     for block in model.joint_blocks:
         vector = nn.Parameter(torch.full((64,), 0.1))
@@ -81,7 +81,7 @@ def _compare(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for name, (memory, settings, dtype) in CASES.items():
-        whole, shared = model_of(memory, dtype, stays=False), model_of(memory, dtype, stays=True)
+        whole, shared = model_of(memory, dtype, sharded=False), model_of(memory, dtype, sharded=True)
         sharded = ShardedModel(shared[0], settings, CPU, [2, 2])
         a, b = steps(*whole, rank), steps(*shared, rank)
         given, previews = inputs(whole[0], 8, 8), []
@@ -103,8 +103,8 @@ def _compare(rank: int, folder: str) -> None:
 
 def _with_a_block_dropped_out(rank: int) -> bool:
     """The second process's first blocks have nothing trained: it takes part in their backward nevertheless."""
-    model, trained = model_of(MemorySettings(checkpointing=RECOMPUTED), torch.float32, stays=True)
-    whole, _ = model_of(MemorySettings(), torch.float32, stays=False)
+    model, trained = model_of(MemorySettings(checkpointing=RECOMPUTED), torch.float32, sharded=True)
+    whole, _ = model_of(MemorySettings(), torch.float32, sharded=False)
     ShardedModel(model, ShardSettings(), CPU, [2, 2])
     if rank == 1:
         for vector in trained[:2]:

@@ -150,7 +150,7 @@ PEEK: dict[str, tuple[str, Peek]] = {
     "cache_dir": ("--cache_dir {out}/cache | --cache_latents_to_disk", lambda t: t.latents.settings.cache_dir),
     "skip_cache_check": ("--skip_cache_check | --cache_latents", lambda t: t.latents.settings.trust),
     "validation_seed": ("--validation_seed 3", lambda t: t.validation_seed),
-    "fp8_base": ("--fp8_base", lambda t: placement(t).t5_quantisation),
+    "fp8_base": ("--fp8_base", lambda t: placement(t).t5_quantization),
     "fp8_base_unet": ("--fp8_base_unet", lambda t: type(qkv(t))),
     "lean_activations": ("--lean_activations", lambda t: t.denoiser.run_block.__qualname__),
     "base_quantization": ("--base_quantization nf4", lambda t: type(qkv(t))),

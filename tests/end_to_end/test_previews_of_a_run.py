@@ -112,12 +112,12 @@ def test_a_vae_that_previews_alone_need_is_on_the_device_for_them_alone(
     asked, sent_home = [], []
 
     @contextmanager
-    def visiting(model: nn.Module, device: torch.device, stays: bool) -> Iterator[None]:
-        asked.append(stays)
+    def onload(model: nn.Module, device: torch.device, keep_resident: bool) -> Iterator[None]:
+        asked.append(keep_resident)
         yield
 
-    monkeypatch.setattr("library.sd3_trainer.visiting", visiting)
-    monkeypatch.setattr("library.network_trainer.send_home", lambda model, device: sent_home.append(model))
+    monkeypatch.setattr("library.sd3_trainer.onload", onload)
+    monkeypatch.setattr("library.network_trainer.offload_to_cpu", lambda model, device: sent_home.append(model))
     looked = ("--sample_prompts", str(prompts), "--sample_at_first")
     run = train(workshop, tmp_path, UNET, *looked, *more, max_train_steps=1)
     assert asked == [stays] * 3

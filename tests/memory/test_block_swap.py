@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from library.memory.block_swap import BlockSwapper, move_resident, spread_blocks, swap_limit
-from library.sd3.mmdit import MMDiT, call_block
+from library.common.transformer import call_block
+from library.memory.block_swap import BlockSwapper, evenly_spaced, move_resident, swap_limit
+from library.sd3.mmdit import MMDiT
 from tests.sd3.diffusers_models import randomised
 from tests.sd3.test_mmdit import inputs, tiny_config
 
@@ -39,7 +40,7 @@ def swap(model: MMDiT, swapped: list[int], run=call_block) -> BlockSwapper:
 def test_outputs_and_gradients_equal_the_unswapped_run(count: int, run):
     plain, plain_adapter = model_with_adapter()
     swapped, swapped_adapter = model_with_adapter()
-    swap(swapped, spread_blocks(DEPTH, count), run)
+    swap(swapped, evenly_spaced(DEPTH, count), run)
     given = inputs(plain.config, 8, 8)
     for _ in range(2):  # two steps with accumulation
         plain(**given).square().mean().backward()
@@ -71,7 +72,7 @@ def test_each_block_is_copied_once_a_pass_and_the_turn_at_the_end_costs_none():
 
 
 def test_swapped_blocks_are_spread_and_leave_two():
-    assert spread_blocks(24, 12) == list(range(1, 24, 2))
-    assert len(set(spread_blocks(38, 36))) == 36
+    assert evenly_spaced(24, 12) == list(range(1, 24, 2))
+    assert len(set(evenly_spaced(38, 36))) == 36
     assert swap_limit(24) == 22
     assert swap_limit(1) == 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.common.transformer import call_block
 from library.memory.block_swap import BlockSwapper
 from library.memory.checkpointing import ActivationOffloader, CheckpointSettings, checkpointed
-from library.sd3.mmdit import MMDiT, call_block
+from library.sd3.mmdit import MMDiT
 from tests.memory.test_block_swap import CPU, DEPTH, model_with_adapter
 from tests.sd3.test_mmdit import inputs
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.job import PRESETS, Job, Shape, make_job, random_batch, training_options
-from library.memory import apply as arrange
+from library.memory import apply
 from library.training.precision import Precision
 
 CPU = torch.device("cpu")
@@ -38,8 +38,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         made.append(len(graph.graph.nodes))
         return graph.forward
 
-    real = arrange.compiled
-    monkeypatch.setattr(arrange, "compiled", lambda backend, dynamic: real(counting, dynamic))
+    real = apply.compiled
+    monkeypatch.setattr(apply, "compiled", lambda backend, dynamic: real(counting, dynamic))
     yield made
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.reset()
@@ -90,8 +90,8 @@ def test_where_inputs_go_to_host_memory_the_second_computation_has_graphs_of_its
 def test_fixed_shapes_compile_once_for_each_shape(graphs: list[int]):
     """More graphs than torch would keep by itself: beyond its limit it runs uncompiled, and says so in its log alone."""
     job = job_of("--gradient_checkpointing")
-    inner = arrange.compiled("counted", False)
-    job.model.run_block = arrange.checkpointed(inner, arrange.CheckpointSettings(), None)
+    inner = apply.compiled("counted", False)
+    job.model.run_block = apply.checkpointed(inner, apply.CheckpointSettings(), None)
     for _ in range(2):
         for side in FIXED:
             gradients(job, side)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.offload import send_home, visiting
+from library.memory.offload import offload_to_cpu, onload
 
 ELSEWHERE = torch.device("cuda", 0)  # its moves are noted, so that no such device is needed
 
@@ -30,29 +30,29 @@ def emptied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def test_a_visitor_goes_home_and_gives_its_memory_back(emptied: list[bool]) -> None:
     model = Traveller()
-    with visiting(model, ELSEWHERE, stays=False):
+    with onload(model, ELSEWHERE, keep_resident=False):
         assert model.places == ["cuda"] and not emptied
     assert model.places == ["cuda", "cpu"] and emptied == [True]
 
 
 def test_a_visitor_goes_home_after_an_error(emptied: list[bool]) -> None:
     model = Traveller()
-    with pytest.raises(ValueError), visiting(model, ELSEWHERE, stays=False):
+    with pytest.raises(ValueError), onload(model, ELSEWHERE, keep_resident=False):
         raise ValueError
     assert model.places == ["cuda", "cpu"]
 
 
 def test_one_that_stays_is_not_moved_away(emptied: list[bool]) -> None:
     model = Traveller()
-    with visiting(model, ELSEWHERE, stays=True):
+    with onload(model, ELSEWHERE, keep_resident=True):
         pass
     assert model.places == ["cuda"] and not emptied
 
 
 def test_on_the_cpu_there_is_nowhere_to_go() -> None:
     model = Traveller()
-    send_home(model, torch.device("cpu"))
-    with visiting(model, torch.device("cpu"), stays=False):
+    offload_to_cpu(model, torch.device("cpu"))
+    with onload(model, torch.device("cpu"), keep_resident=False):
         pass
     assert model.places == ["cpu"]
 
@@ -62,6 +62,6 @@ def test_on_the_cpu_there_is_nowhere_to_go() -> None:
 def test_device_memory_is_free_between_visits() -> None:
     model, device = nn.Linear(1024, 1024), torch.device("cuda", 0)
     before = torch.cuda.memory_allocated(device)
-    with visiting(model, device, stays=False):
+    with onload(model, device, keep_resident=False):
         assert torch.cuda.memory_allocated(device) - before >= 4 << 20
     assert torch.cuda.memory_allocated(device) == before and model.weight.device.type == "cpu"

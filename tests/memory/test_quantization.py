@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from library.common.transformer import call_block
 from library.memory.block_swap import BlockSwapper
 from library.memory.checkpointing import CheckpointSettings, checkpointed
 from library.memory.quantization import (
     FP8_MAX,
     Fp8Linear,
-    Fp8ProductLinear,
-    fp8_product_problems,
-    in_joint_blocks,
-    quantise,
+    Fp8MatmulLinear,
+    fp8_matmul_problems,
+    quantize,
+    quantize_blocks,
 )
-from library.sd3.mmdit import call_block
 from tests.memory.test_block_swap import CPU, model_with_adapter
 from tests.sd3.test_mmdit import inputs
 
@@ -32,10 +32,10 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def test_fp8_rows_are_within_half_a_unit_and_use_the_whole_range():
     weight = torch.randn(32, 200) * torch.logspace(-4, 3, 32)[:, None]
-    quantised, scale = Fp8Linear.quantise(weight)
+    quantised, scale = Fp8Linear.quantize(weight)
     assert quantised.dtype == torch.float8_e4m3fn and scale.shape == (32, 1)
     assert torch.equal(quantised.float().abs().amax(1), torch.full((32,), FP8_MAX))
-    error = (Fp8Linear.widen(quantised, scale, weight.shape, torch.float32) - weight).abs()
+    error = (Fp8Linear.dequantize(quantised, scale, weight.shape, torch.float32) - weight).abs()
     assert (error <= weight.abs() / 16 * 1.0001 + scale * 2**-9).all()
 
 
@@ -43,7 +43,7 @@ def test_fp8_gradient_is_that_of_the_widened_layer_and_keeps_no_wide_copy():
     layer = nn.Linear(24, 40).requires_grad_(False)
     quantised = Fp8Linear.of(copy.deepcopy(layer))
     wide = nn.Linear(24, 40).requires_grad_(False)
-    wide.weight.data = quantised.widen(quantised.weight, quantised.weight_scale, quantised.shape, torch.float32)
+    wide.weight.data = quantised.dequantize(quantised.weight, quantised.weight_scale, quantised.shape, torch.float32)
     wide.bias.data = layer.bias.data
     x, x2 = (torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
     saved = []
@@ -61,8 +61,8 @@ def test_fp8_gradient_is_that_of_the_widened_layer_and_keeps_no_wide_copy():
 def test_output_and_gradient_are_near_those_of_the_full_base(kind: str):
     plain, plain_adapter = model_with_adapter()
     model, adapter = model_with_adapter()
-    count = quantise(model, kind, in_joint_blocks)
-    assert count == sum(isinstance(m, nn.Linear) for n, m in plain.named_modules() if in_joint_blocks(n))
+    count = quantize_blocks(model.blocks, kind)
+    assert count == sum(isinstance(m, nn.Linear) for n, m in plain.named_modules() if n.startswith("joint_blocks."))
     given = inputs(plain.config, 8, 8)
     wanted, found = plain(**given), model(**given)
     assert 1e-4 < relative_error(found, wanted) < LARGEST_ERROR[kind]
@@ -85,7 +85,7 @@ def test_swapping_and_checkpointing_quantised_blocks_changes_nothing(kind: str):
     results = []
     for swapped in ([], [0, 2, 3]):
         model, adapter = model_with_adapter()
-        quantise(model, kind, in_joint_blocks)
+        quantize_blocks(model.blocks, kind)
         run = checkpointed(call_block, CheckpointSettings(), None)
         model.run_block = BlockSwapper(model.joint_blocks, swapped, CPU).runner(run) if swapped else run
         out = model(**inputs(model.config, 8, 8))
@@ -98,7 +98,7 @@ def test_swapping_and_checkpointing_quantised_blocks_changes_nothing(kind: str):
 def test_using_a_quantised_layer_asks_the_host_for_no_table(kind: str, monkeypatch):
     """On a GPU a tensor made from Python's numbers is sent by a copy that waits for all work under way."""
     model = nn.Sequential(nn.Linear(64, 128)).requires_grad_(False)
-    quantise(model, kind, lambda path: True)
+    quantize(model, kind, lambda path: True)
 
     def refuse(*args, **more):
         raise AssertionError("a table is sent to the device")
@@ -117,9 +117,9 @@ def test_using_a_quantised_layer_asks_the_host_for_no_table(kind: str, monkeypat
 def test_a_float8_product_is_that_of_the_rounded_numbers(shape: tuple[int, ...], bias: bool):
     """Against the same numbers widened to float64: only sums round."""
     layer = nn.Linear(64, 48, bias=bias).requires_grad_(False)
-    product = Fp8ProductLinear.of(copy.deepcopy(layer))
+    product = Fp8MatmulLinear.of(copy.deepcopy(layer))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, shape[-2])[:, None]
-    tokens, scale = Fp8Linear.quantise(x.flatten(0, -2))
+    tokens, scale = Fp8Linear.quantize(x.flatten(0, -2))
     rounded = (tokens.double() * scale.double()).view(shape)
     weight = product.weight.double() * product.weight_scale.double()
     wanted = rounded @ weight.T + (0 if layer.bias is None else layer.bias.double())
@@ -129,7 +129,7 @@ def test_a_float8_product_is_that_of_the_rounded_numbers(shape: tuple[int, ...],
 
 def test_the_gradient_through_a_float8_product_is_that_of_the_widened_layer_and_keeps_no_activations():
     layer = nn.Linear(64, 48).requires_grad_(False)
-    product, widened = Fp8ProductLinear.of(copy.deepcopy(layer)), Fp8Linear.of(copy.deepcopy(layer))
+    product, widened = Fp8MatmulLinear.of(copy.deepcopy(layer)), Fp8Linear.of(copy.deepcopy(layer))
     x, x2 = (torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
     gradient, saved = torch.randn(3, 5, 48), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -143,7 +143,7 @@ def test_the_gradient_through_a_float8_product_is_that_of_the_widened_layer_and_
 def test_with_float8_products_tokens_multiply_so_and_modulation_does_not():
     plain, plain_adapter = model_with_adapter()
     model, adapter = model_with_adapter()
-    quantise(model, "fp8", in_joint_blocks, fp8_products=True)
+    quantize_blocks(model.blocks, "fp8", fp8_matmul=True)
     kinds = {path: type(layer) for path, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
     assert {path for path, kind in kinds.items() if kind is Fp8Linear} == {path for path in kinds if "adaLN" in path}
     given = inputs(plain.config, 8, 8)
@@ -158,7 +158,7 @@ def test_swapping_and_checkpointing_blocks_with_float8_products_changes_nothing(
     results = []
     for swapped in ([], [0, 2, 3]):
         model, adapter = model_with_adapter()
-        quantise(model, "fp8", in_joint_blocks, fp8_products=True)
+        quantize_blocks(model.blocks, "fp8", fp8_matmul=True)
         run = checkpointed(call_block, CheckpointSettings(), None)
         model.run_block = BlockSwapper(model.joint_blocks, swapped, CPU).runner(run) if swapped else run
         out = model(**inputs(model.config, 8, 8))
@@ -171,18 +171,18 @@ def test_a_gpu_without_float8_products_is_told(monkeypatch):
     for capability, found in (((8, 6), 1), ((8, 9), 0), ((9, 0), 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-        problems = fp8_product_problems(torch.device("cuda"))
+        problems = fp8_matmul_problems(torch.device("cuda"))
         assert len(problems) == found and all("Some GPU" in problem for problem in problems)
-    assert fp8_product_problems(CPU) == []
+    assert fp8_matmul_problems(CPU) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_float8_product_on_the_gpu_is_that_of_the_cpu(dtype: torch.dtype):
-    if fp8_product_problems(torch.device("cuda")):
+    if fp8_matmul_problems(torch.device("cuda")):
         pytest.skip("this GPU has no float8 products")
-    product = Fp8ProductLinear.of(nn.Linear(256, 512).requires_grad_(False))
+    product = Fp8MatmulLinear.of(nn.Linear(256, 512).requires_grad_(False))
     x = torch.randn(3, 33, 256, dtype=dtype)
     wanted = product(x)
     assert relative_error(product.cuda()(x.cuda()).cpu().float(), wanted.float()) < 0.01

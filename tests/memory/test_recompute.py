@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.memory.apply import MemorySettings, arrange
+from library.memory.apply import MemorySettings, apply_memory_optimizations
 from library.memory.checkpointing import CheckpointSettings
 from library.memory.estimator.tracker import StorageTracker
-from library.sd3.mmdit import JointBlock, MMDiT
+from library.sd3.mmdit import MMDiT
 from networks.network_modules import network_module
 from tests.sd3.tiny import fill_with_noise, tiny_mmdit_config
 
@@ -21,7 +21,7 @@ Given = tuple[Tensor, Tensor, Tensor, Tensor]
 def model_and_network(kind: str, settings: MemorySettings, module: str = "networks.lora_sd3", **arguments: str):
     model = MMDiT(tiny_mmdit_config(kind, depth=4))
     fill_with_noise(model)
-    arrange(model, settings, torch.device("cpu"))
+    apply_memory_optimizations(model, settings, torch.device("cpu"))
     torch.manual_seed(1)
     network = network_module(module).create_network(1.0, 4, 4, None, [None] * 3, model, None, **arguments)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def gradients(model: MMDiT, network: nn.Module) -> dict[str, Tensor]:
 )
 def test_gradients_are_those_of_a_plain_run_to_the_bit(kind: str, module: str, arguments: dict[str, str]):
     plain = gradients(*model_and_network(kind, MemorySettings(), module, **arguments))
-    lean = gradients(*model_and_network(kind, MemorySettings(lean=True), module, **arguments))
+    lean = gradients(*model_and_network(kind, MemorySettings(recompute_pointwise=True), module, **arguments))
     assert plain.keys() == lean.keys() and plain
     for name, gradient in plain.items():
         assert torch.equal(gradient, lean[name]), name
@@ -67,10 +67,12 @@ def test_gradients_are_those_of_a_plain_run_to_the_bit(kind: str, module: str, a
 @pytest.mark.parametrize(
     "settings",
     [
-        MemorySettings(lean=True, blocks_to_swap=2),
-        MemorySettings(lean=True, checkpointing=CheckpointSettings(blocks=2)),
-        MemorySettings(lean=True, checkpointing=CheckpointSettings(blocks=1, selective=True), blocks_to_swap=2),
-        MemorySettings(lean=True, checkpointing=CheckpointSettings(blocks=2, offload=True)),
+        MemorySettings(recompute_pointwise=True, blocks_to_swap=2),
+        MemorySettings(recompute_pointwise=True, checkpointing=CheckpointSettings(blocks=2)),
+        MemorySettings(
+            recompute_pointwise=True, checkpointing=CheckpointSettings(blocks=1, selective=True), blocks_to_swap=2
+        ),
+        MemorySettings(recompute_pointwise=True, checkpointing=CheckpointSettings(blocks=2, offload=True)),
     ],
     ids=["swap", "checkpointing", "selective and swap", "offload"],
 )
@@ -81,10 +83,10 @@ def test_it_goes_with_the_other_savers(settings: MemorySettings):
         assert torch.allclose(gradient, together[name], rtol=1e-5, atol=1e-7), name
 
 
-@pytest.mark.parametrize("quantisation", ["fp8", "int8", "nf4"])
-def test_it_goes_with_quantised_weights(quantisation: str):
-    plain = gradients(*model_and_network("5-large", MemorySettings(quantisation=quantisation)))
-    lean = gradients(*model_and_network("5-large", MemorySettings(quantisation=quantisation, lean=True)))
+@pytest.mark.parametrize("quantization", ["fp8", "int8", "nf4"])
+def test_it_goes_with_quantised_weights(quantization: str):
+    plain = gradients(*model_and_network("5-large", MemorySettings(quantization=quantization)))
+    lean = gradients(*model_and_network("5-large", MemorySettings(quantization=quantization, recompute_pointwise=True)))
     assert all(torch.equal(plain[name], lean[name]) for name in plain)
 
 
@@ -103,11 +105,11 @@ def kept(settings: MemorySettings) -> int:
 
 
 def test_about_half_is_kept():
-    assert kept(MemorySettings(lean=True)) < 0.65 * kept(MemorySettings())
+    assert kept(MemorySettings(recompute_pointwise=True)) < 0.65 * kept(MemorySettings())
 
 
 def test_nothing_is_left_over_after_backward():
-    model, network = model_and_network("5-medium", MemorySettings(lean=True))
+    model, network = model_and_network("5-medium", MemorySettings(recompute_pointwise=True))
     gradients(model, network)
     network.zero_grad()
     gc.collect()
@@ -121,10 +123,10 @@ def test_nothing_is_left_over_after_backward():
 
 
 def test_without_gradients_and_after_an_error_blocks_are_plain():
-    model, _ = model_and_network("5-medium", MemorySettings(lean=True))
+    model, _ = model_and_network("5-medium", MemorySettings(recompute_pointwise=True))
     with torch.no_grad():
         quiet = model(*given())
     assert torch.equal(quiet, model(*given()))
     with pytest.raises(RuntimeError):
         model(torch.zeros(1, 16, 8, 8), torch.zeros(1), torch.zeros(1, 5, 7), torch.zeros(1, 192))
-    assert len({block.cheaply for block in model.joint_blocks if isinstance(block, JointBlock)}) == 1
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from library.common.transformer import call_block
 from library.memory.block_swap import BlockSwapper
 from library.memory.checkpointing import ActivationOffloader, CheckpointSettings, checkpointed
-from library.sd3.mmdit import call_block
 from tests.memory.streams import ActedStreams, SideStream
 from tests.memory.test_block_swap import CPU, DEPTH, model_with_adapter
 from tests.sd3.test_mmdit import inputs
@@ -38,15 +38,15 @@ def test_block_swap_waits_for_what_it_reads_and_for_what_it_overwrites(monkeypat
     assert {slot.buffer.data_ptr() for slot in swapper.slots} == streams.side.kept
     for slot in swapper.slots:
         slot.buffer.fill_(255)  # NaN where weights are missing
-    bring = swapper.bring
+    prefetch = swapper.prefetch
 
     def noted_bring(index: int, forward: bool) -> None:
         for slot in swapper.slots:  # all that was issued until now has used what is in use
             if slot.in_use:
                 used[slot.buffer.data_ptr()] = streams.compute.time + 1
-        bring(index, forward)
+        prefetch(index, forward)
 
-    swapper.bring = noted_bring
+    swapper.prefetch = noted_bring
     model.run_block = swapper.runner(run)
     for _ in range(2):
         plain(**given).square().mean().backward()

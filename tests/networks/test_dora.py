@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.memory.quantization import quantise
+from library.memory.quantization import quantize
 from networks.dora import DoRALayer
 from networks.lora import LayerSettings, LoRALayer
 
@@ -130,7 +130,7 @@ def test_norm_without_the_merged_weight_equals_the_norm_of_it():
 def test_norm_of_a_quantised_layer_is_that_of_its_effective_weight(kind: str):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 128)).requires_grad_(False)
-    quantise(model, kind, lambda path: True)
+    quantize(model, kind, lambda path: True)
     layer = model[0]
     made = trained(dora(layer))
     identity = torch.eye(64)

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from library.common.transformer import call_block
 from library.distributed.fsdp import ShardedModel, ShardSettings
 from library.memory.checkpointing import CheckpointSettings, checkpointed
-from library.sd3.mmdit import call_block
 from networks.lora_sd3 import first_block
 from tests.networks.models import tiny_mmdit
 from tests.networks.test_with_memory_savers import NETWORKS, attached, step

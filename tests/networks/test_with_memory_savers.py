@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.common.transformer import call_block
 from library.memory.block_swap import BlockSwapper
-from library.memory.quantization import in_joint_blocks, quantise
-from library.sd3.mmdit import MMDiT, call_block
+from library.memory.quantization import quantize, quantize_blocks
+from library.sd3.mmdit import MMDiT
 from networks.dora import DoRALayer
 from networks.lora import LayerSettings
 from networks.network import Network
@@ -64,12 +65,12 @@ def test_block_swap_changes_nothing(name: str):
 def test_quantised_base_acts_as_its_effective_weights(name: str, kind: str):
     """The network on quantised layers equals the network on plain layers that hold the same values."""
     quantised = tiny_mmdit()
-    quantise(quantised, kind, in_joint_blocks)
+    quantize_blocks(quantised.blocks, kind)
     plain = tiny_mmdit()
     for path, layer in plain.named_modules():
-        if isinstance(layer, nn.Linear) and in_joint_blocks(path):
+        if isinstance(layer, nn.Linear) and path.startswith("joint_blocks."):
             narrow = quantised.get_submodule(path)
-            layer.weight.data = narrow.widen(narrow.weight, narrow.weight_scale, narrow.shape, torch.float32)
+            layer.weight.data = narrow.dequantize(narrow.weight, narrow.weight_scale, narrow.shape, torch.float32)
     wide_network, narrow_network = attached(name, plain), attached(name, quantised)
     narrow_network.load_state_dict(wide_network.state_dict())
     expected, gradients = step(plain, wide_network)
@@ -83,9 +84,9 @@ def test_quantised_base_acts_as_its_effective_weights(name: str, kind: str):
 def test_a_quantised_weight_is_told_as_it_is_whatever_the_bias(kind: str):
     model = nn.Sequential(nn.Linear(64, 128)).to(torch.bfloat16).requires_grad_(False)
     model[0].bias.fill_(100.0)  # beside which bfloat16 holds little of the products
-    quantise(model, kind, lambda path: True)
+    quantize(model, kind, lambda path: True)
     layer = model[0]
-    wide = layer.widen(layer.weight, layer.weight_scale, layer.shape, torch.bfloat16)
+    wide = layer.dequantize(layer.weight, layer.weight_scale, layer.shape, torch.bfloat16)
     assert torch.equal(dense_weight(layer), wide.float())
     u = torch.randn(3, 128).bfloat16().float()
     assert relative_error(left_matmul(u, layer), u @ wide.float()) < 1e-2
@@ -94,7 +95,7 @@ def test_a_quantised_weight_is_told_as_it_is_whatever_the_bias(kind: str):
 @pytest.mark.parametrize("kind", ["fp8", "nf4"])
 def test_dora_on_a_quantised_layer_compiles_whole(kind: str):
     model = nn.Sequential(nn.Linear(64, 128)).requires_grad_(False)
-    quantise(model, kind, lambda path: True)
+    quantize(model, kind, lambda path: True)
     made = trained(DoRALayer(model[0], LayerSettings(rank=4, alpha=2.0)), 0.1)
     made.attach()
     x = torch.randn(2, 64, requires_grad=True)
@@ -110,7 +111,7 @@ def test_algorithms_that_need_the_weight_say_so_on_a_quantised_base():
     from library.common.errors import UserError
 
     model: MMDiT = tiny_mmdit()
-    quantise(model, "int8", in_joint_blocks)
+    quantize_blocks(model.blocks, "int8")
     for name in ("lokr dora", "diag-oft"):
         with pytest.raises(UserError, match="quantised"):
             attached(name, model)

@@ -39,7 +39,7 @@ def stage(model: Path, settings: TextSettings = SETTINGS, placement: EncoderPlac
         (replace(SETTINGS, mask_t5=True), PLACEMENT),
         (SETTINGS, replace(PLACEMENT, dtype=torch.bfloat16)),
         (SETTINGS, replace(PLACEMENT, t5_dtype=torch.bfloat16)),
-        (SETTINGS, replace(PLACEMENT, t5_quantisation="fp8")),
+        (SETTINGS, replace(PLACEMENT, t5_quantization="fp8")),
     ],
 )
 def test_a_cache_of_other_settings_is_stale(model: Path, settings: TextSettings, placement: EncoderPlacement):

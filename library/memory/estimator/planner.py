@@ -1,7 +1,7 @@
-"""Chooses among the memory options: the fastest combination that fits a device, reckoned from what tensors take.
+"""Chooses among the memory options: the fastest combination that fits a device, computed from what tensors take.
 
 Bytes are exact up to the allocator's gaps (library.memory.estimator.step_memory measures them on the meta device). Seconds are a rough
-model, good for comparing options with one another: products at a fixed rate, copies at another, overlapping.
+model, good for comparing options with one another: matmuls at a fixed rate, copies at another, overlapping.
 """
 
 from __future__ import annotations
@@ -9,52 +9,53 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from library.memory.block_swap import spread_blocks, swap_limit
-from library.memory.estimator.step_memory import BlockCost, BlockWork, PassCost
+from library.common.transformer import BlockFlops
+from library.memory.block_swap import evenly_spaced, swap_limit
+from library.memory.estimator.step_memory import BlockCost, PassCost
 
-EVERY = 10**6  # more blocks than any model has
-PRODUCT_RATE = 60e12  # operations a second that a good card reaches in bfloat16
+ALL_BLOCKS = 10**6  # more blocks than any model has
+MATMUL_RATE = 60e12  # operations a second that a good card reaches in bfloat16
 COPY_RATE = 12e9  # bytes a second from pinned host memory
 SLOTS = 2  # device buffers of block swap
 OFFLOAD_BUFFERS = 2  # streams on their way between host and device
-LEAN_WORK = 1.05  # norms, modulations and GELU again
+POINTWISE_WORK = 1.05  # norms, modulations and GELU again
 SELECTIVE_WORK = 1.06  # what torch's selective policy costs beside the work that it does again
 OFFLOAD_WORK = 1.03
-SWAP_WORK = 1.03  # copies share the memory's bandwidth with the products that they hide behind
-WIDENING_WORK: Mapping[str | None, float] = {None: 1.0, "fp8": 1.08, "int8": 1.08, "nf4": 1.25}
+SWAP_WORK = 1.03  # copies share the memory's bandwidth with the matmuls that they hide behind
+DEQUANTIZE_WORK: Mapping[str | None, float] = {None: 1.0, "fp8": 1.08, "int8": 1.08, "nf4": 1.25}
 
 
 @dataclass(frozen=True)
-class Levers:
+class MemoryOptions:
     """One combination of options."""
 
     policy: str = "none"  # "none", "selective" or "full": how checkpointed blocks are
     checkpointed: int = 0  # blocks
     offload: bool = False
     swap: int = 0  # blocks
-    quantisation: str | None = None
-    lean: bool = False  # the blocks that are not checkpointed keep lean activations
+    quantization: str | None = None
+    recompute_pointwise: bool = False  # the blocks that are not checkpointed compute their pointwise steps again
 
     @property
     def uncheckpointed(self) -> str:
         """The policy of the blocks that are not checkpointed."""
-        return "lean" if self.lean else "none"
+        return "pointwise" if self.recompute_pointwise else "none"
 
-    def options(self, depth: int) -> list[str]:
+    def flags(self, depth: int) -> list[str]:
         """As on the command line."""
-        found = []
+        flags = []
         if self.policy != "none":
-            found.append("--gradient_checkpointing")
-            found += ["--selective_checkpointing"] * (self.policy == "selective")
-            found += [f"--gradient_checkpointing_blocks {self.checkpointed}"] * (self.checkpointed < depth)
-        found += ["--lean_activations"] * self.lean
-        found += ["--cpu_offload_checkpointing"] * self.offload
-        found += [f"--blocks_to_swap {self.swap}"] * (self.swap > 0)
-        if self.quantisation == "fp8":
-            found.append("--fp8_base_unet")
-        elif self.quantisation:
-            found.append(f"--base_quantization {self.quantisation}")
-        return found
+            flags.append("--gradient_checkpointing")
+            flags += ["--selective_checkpointing"] * (self.policy == "selective")
+            flags += [f"--gradient_checkpointing_blocks {self.checkpointed}"] * (self.checkpointed < depth)
+        flags += ["--lean_activations"] * self.recompute_pointwise
+        flags += ["--cpu_offload_checkpointing"] * self.offload
+        flags += [f"--blocks_to_swap {self.swap}"] * (self.swap > 0)
+        if self.quantization == "fp8":
+            flags.append("--fp8_base_unet")
+        elif self.quantization:
+            flags.append(f"--base_quantization {self.quantization}")
+        return flags
 
 
 @dataclass(frozen=True)
@@ -97,61 +98,63 @@ class StepBytes:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is given and what may be chosen."""
+class SearchSpace:
+    """The combinations that may be chosen."""
 
     policies: tuple[str, ...] = ("none", "selective", "full")
     checkpointed: int | None = None  # None: any number of blocks
     offload: tuple[bool, ...] = (False, True)
-    lean: tuple[bool, ...] = (False, True)
+    recompute_pointwise: tuple[bool, ...] = (False, True)
     swap: int | None = None  # None: any number
-    quantisations: tuple[str | None, ...] = (None, "fp8")  # in the order of preference: exact before rounded
+    quantizations: tuple[str | None, ...] = (None, "fp8")  # in the order of preference: exact before rounded
 
 
 @dataclass(frozen=True)
-class StepReckoner:
-    """Bytes and time of a training step under any levers."""
+class StepMemoryEstimator:
+    """Bytes and time of a training step under any options."""
 
-    models: Mapping[str | None, ModelBytes]  # by quantisation
+    models: Mapping[str | None, ModelBytes]  # by quantization
     trained: TrainedBytes
     encoder_weights: int
     encoder_activations: int
     stream_bytes: int  # of both residual streams, which is what a checkpoint keeps
-    work: tuple[BlockWork, ...]
+    work: tuple[BlockFlops, ...]
     rounds_pinned: bool = False  # torch hands out pinned host memory for a GPU in powers of two
 
     @property
     def depth(self) -> int:
         return len(self.work)
 
-    def base_bytes(self, levers: Levers) -> int:
+    def base_bytes(self, options: MemoryOptions) -> int:
         """Weights of the denoiser on the device."""
-        model = self.models[levers.quantisation]
-        if not levers.swap:
+        model = self.models[options.quantization]
+        if not options.swap:
             return model.rest + sum(model.blocks)
-        away = self.swapped(levers)
-        return model.rest + sum(model.blocks) - sum(away) + min(SLOTS, levers.swap) * max(away)
+        away = self.swapped(options)
+        return model.rest + sum(model.blocks) - sum(away) + min(SLOTS, options.swap) * max(away)
 
-    def swapped(self, levers: Levers) -> list[int]:
+    def swapped(self, options: MemoryOptions) -> list[int]:
         """Bytes of each block that is swapped."""
-        blocks = self.models[levers.quantisation].blocks
-        return [blocks[index] for index in spread_blocks(self.depth, levers.swap)]
+        blocks = self.models[options.quantization].blocks
+        return [blocks[index] for index in evenly_spaced(self.depth, options.swap)]
 
-    def host_bytes(self, levers: Levers) -> int:
+    def host_bytes(self, options: MemoryOptions) -> int:
         """Pinned host memory."""
-        kept = self.stream_bytes * levers.checkpointed if levers.offload else 0
-        swapped = self.swapped(levers) if levers.swap else []
+        kept = self.stream_bytes * options.checkpointed if options.offload else 0
+        swapped = self.swapped(options) if options.swap else []
         return kept + sum(1 << (size - 1).bit_length() if self.rounds_pinned else size for size in swapped)
 
-    def activation_bytes(self, levers: Levers) -> int:
+    def activation_bytes(self, options: MemoryOptions) -> int:
         """The most that forward and backward take beside weights, block by block."""
-        passes = self.models[levers.quantisation].passes
+        passes = self.models[options.quantization].passes
         costs = [
-            self._cost(passes, levers, levers.policy if index < levers.checkpointed else levers.uncheckpointed, index)
+            self._cost(
+                passes, options, options.policy if index < options.checkpointed else options.uncheckpointed, index
+            )
             for index in range(self.depth)
         ]
         live = passes["none"].before + self.encoder_activations
-        live += OFFLOAD_BUFFERS * self.stream_bytes if levers.offload else 0
+        live += OFFLOAD_BUFFERS * self.stream_bytes if options.offload else 0
         peak = live
         for cost in costs:
             peak = max(peak, live + cost.forward)
@@ -162,72 +165,74 @@ class StepReckoner:
             live += gradient - cost.kept
         return max(peak, sum(self.trained.gradients) + self.trained.other_gradients + self.trained.step)
 
-    def _cost(self, passes: Mapping[str, PassCost], levers: Levers, policy: str, index: int) -> BlockCost:
+    def _cost(self, passes: Mapping[str, PassCost], options: MemoryOptions, policy: str, index: int) -> BlockCost:
         cost = passes[policy].blocks[index]
-        away = self.stream_bytes if levers.offload and policy == levers.policy else 0
+        away = self.stream_bytes if options.offload and policy == options.policy else 0
         return replace(cost, kept=max(0, cost.kept - away))
 
-    def step_bytes(self, levers: Levers) -> StepBytes:
-        activations = self.activation_bytes(levers)
-        return StepBytes(self.base_bytes(levers), self.trained.kept, self.encoder_weights, activations)
+    def step_bytes(self, options: MemoryOptions) -> StepBytes:
+        activations = self.activation_bytes(options)
+        return StepBytes(self.base_bytes(options), self.trained.kept, self.encoder_weights, activations)
 
-    def seconds(self, levers: Levers) -> float:
-        """Of one step, by the rough model: the frozen weights get no gradients, so backward's products are those of forward."""
-        compute = sum(2 * work.products + 3.5 * work.attention for work in self.work[: levers.checkpointed])
-        rest = sum(2 * work.products + 3.5 * work.attention for work in self.work[levers.checkpointed :])
-        compute += rest * (LEAN_WORK if levers.lean else 1.0)
-        for work in self.work[: levers.checkpointed]:
-            if levers.policy == "full":
-                compute += work.products + work.attention
-            elif levers.policy == "selective":
-                compute += SELECTIVE_WORK * work.products
-        compute *= WIDENING_WORK[levers.quantisation] * (OFFLOAD_WORK if levers.offload else 1.0) / PRODUCT_RATE
-        compute *= SWAP_WORK if levers.swap else 1.0
-        copies = 2 * sum(self.swapped(levers)) / COPY_RATE if levers.swap else 0.0
+    def seconds(self, options: MemoryOptions) -> float:
+        """Of one step, by the rough model: the frozen weights get no gradients, so backward's matmuls are those of forward."""
+        compute = sum(2 * work.matmul + 3.5 * work.attention for work in self.work[: options.checkpointed])
+        rest = sum(2 * work.matmul + 3.5 * work.attention for work in self.work[options.checkpointed :])
+        compute += rest * (POINTWISE_WORK if options.recompute_pointwise else 1.0)
+        for work in self.work[: options.checkpointed]:
+            if options.policy == "full":
+                compute += work.matmul + work.attention
+            elif options.policy == "selective":
+                compute += SELECTIVE_WORK * work.matmul
+        compute *= DEQUANTIZE_WORK[options.quantization] * (OFFLOAD_WORK if options.offload else 1.0) / MATMUL_RATE
+        compute *= SWAP_WORK if options.swap else 1.0
+        copies = 2 * sum(self.swapped(options)) / COPY_RATE if options.swap else 0.0
         return max(compute, copies)
 
 
-def combinations(reckoner: StepReckoner, wanted: Wanted, quantisation: str | None) -> Iterator[Levers]:
+def combinations(
+    estimator: StepMemoryEstimator, space: SearchSpace, quantization: str | None
+) -> Iterator[MemoryOptions]:
     """Every combination that may be chosen with one storage of the weights."""
-    depth, limit = reckoner.depth, swap_limit(reckoner.depth)
-    swaps = range(limit + 1) if wanted.swap is None else [min(wanted.swap, limit)]
-    for policy in wanted.policies:
+    depth, limit = estimator.depth, swap_limit(estimator.depth)
+    swaps = range(limit + 1) if space.swap is None else [min(space.swap, limit)]
+    for policy in space.policies:
         counts: Sequence[int] = [0]
         if policy != "none":
-            counts = range(1, depth + 1) if wanted.checkpointed is None else [min(wanted.checkpointed, depth)]
+            counts = range(1, depth + 1) if space.checkpointed is None else [min(space.checkpointed, depth)]
         for count in counts:
-            for offload in wanted.offload:
-                if offload and len(wanted.offload) > 1 and (policy != "full" or count < depth):
+            for offload in space.offload:
+                if offload and len(space.offload) > 1 and (policy != "full" or count < depth):
                     continue  # of a free choice: to offload some saves less than to recompute all
-                for lean in wanted.lean if count < depth else wanted.lean[:1]:
+                for pointwise in space.recompute_pointwise if count < depth else space.recompute_pointwise[:1]:
                     for swap in swaps:
                         if not (offload and swap):
-                            yield Levers(policy, count, offload, swap, quantisation, lean)
+                            yield MemoryOptions(policy, count, offload, swap, quantization, pointwise)
 
 
 def choose(
-    reckoner: StepReckoner, wanted: Wanted, device_bytes: int, host_bytes: int, beside: int = 0
-) -> tuple[Levers, bool]:
+    estimator: StepMemoryEstimator, space: SearchSpace, device_bytes: int, host_bytes: int, beside: int = 0
+) -> tuple[MemoryOptions, bool]:
     """The fastest combination that fits, and True; where none does, the one that takes the least, and False.
 
     Weights in fewer bits change the result a little: they are taken only where nothing exact fits. beside: what other
     moments of the run (previews, live image encoding) need beside the denoiser's weights.
     """
-    least: tuple[int, Levers] | None = None
-    for quantisation in wanted.quantisations:
-        best: tuple[float, int, Levers] | None = None
-        activations: dict[Levers, int] = {}
-        for levers in combinations(reckoner, wanted, quantisation):
-            bare = replace(levers, swap=0)
+    least: tuple[int, MemoryOptions] | None = None
+    for quantization in space.quantizations:
+        best: tuple[float, int, MemoryOptions] | None = None
+        activations: dict[MemoryOptions, int] = {}
+        for options in combinations(estimator, space, quantization):
+            bare = replace(options, swap=0)
             if bare not in activations:
-                activations[bare] = reckoner.step_bytes(bare).total - reckoner.base_bytes(bare)
-            total = reckoner.base_bytes(levers) + max(activations[bare], beside)
+                activations[bare] = estimator.step_bytes(bare).total - estimator.base_bytes(bare)
+            total = estimator.base_bytes(options) + max(activations[bare], beside)
             if least is None or total < least[0]:
-                least = (total, levers)
-            if total <= device_bytes and reckoner.host_bytes(levers) <= host_bytes:
-                found = (reckoner.seconds(levers), reckoner.host_bytes(levers), levers)
-                if best is None or found[:2] < best[:2]:
-                    best = found
+                least = (total, options)
+            if total <= device_bytes and estimator.host_bytes(options) <= host_bytes:
+                score = (estimator.seconds(options), estimator.host_bytes(options), options)
+                if best is None or score[:2] < best[:2]:
+                    best = score
         if best is not None:
             return best[2], True
     assert least is not None

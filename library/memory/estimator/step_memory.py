@@ -1,45 +1,29 @@
-"""What a training step keeps and needs, block by block, found by running it on the meta device.
+"""What a training step keeps and needs, block by block, measured by running it on the meta device.
 
 The real model, the real network and the real checkpointing run with shapes alone, under library.memory.estimator.tracker. Blocks that are
-alike (same shapes, same LoRA) cost alike, so one of each kind runs and the others are reckoned from it.
+alike (same shapes, same LoRA) cost alike, so one of each kind runs and its costs count for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from library.common.transformer import BlockRunner, TransformerBlock, TransformerModel, call_block
 from library.memory.checkpointing import CheckpointSettings, checkpointed
 from library.memory.estimator.tracker import FusedAttention, StorageTracker
-from library.memory.recompute import lean
-from library.sd3.mmdit import BlockRunner, JointBlock, MMDiT, call_block
-from library.sd3.vae import Vae
+from library.memory.recompute import recompute_pointwise
 
-POLICIES = ("none", "lean", "selective", "full")
+POLICIES = ("none", "pointwise", "selective", "full")
 META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """The largest batch of a run."""
-
-    batch: int
-    height: int  # pixels
-    width: int
-    context_tokens: int
-    trains_text: bool = False  # gradients go on into the text encoders
-
-    def __str__(self) -> str:
-        return f"batches of {self.batch} at {self.width}x{self.height}"
-
-    @property
-    def streams(self) -> int:
-        """Tokens of both streams of the batch."""
-        return self.batch * (self.height // 16 * (self.width // 16) + self.context_tokens)
+ModelInputs = Callable[[], tuple[Tensor, ...]]
+"""Makes the inputs of a model's forward on the meta device; those that require gradients continue into what made them."""
+BlockOf = Callable[[str], "int | None"]
+"""A trained tensor's name -> the number of its block, or None where it belongs to none."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +37,6 @@ class BlockCost:
 
 
 @dataclass(frozen=True)
-class BlockWork:
-    """Operations of one block's forward."""
-
-    products: float
-    attention: float
-
-
-@dataclass(frozen=True)
 class PassCost:
     """Bytes of forward and backward under one policy, beside weights."""
 
@@ -69,104 +45,97 @@ class PassCost:
     head: int  # the final layer and the loss, at most
 
 
-def block_kinds(model: MMDiT, network: nn.Module, trains_text: bool) -> list[tuple[Any, ...]]:
-    """For each block what decides its cost: its tensors, its LoRA, and whether a gradient has to pass through it."""
-    trained = lora_shapes(network, len(model.joint_blocks))
-    first = next((index for index, shapes in enumerate(trained) if shapes or trains_text), len(trained))
-    kinds = []
-    for index, block in enumerate(model.joint_blocks):
-        shapes = tuple(tuple(tensor.shape) for tensor in block.parameters())
-        place = "below" if index < first else "first" if index == first else "above"
-        kinds.append((shapes, trained[index], place, index == 0))
-    return kinds
+@dataclass(frozen=True)
+class TrainingStep:
+    """A denoiser on the meta device with its network attached, and what one step of them takes."""
+
+    model: TransformerModel
+    network: nn.Module
+    inputs: ModelInputs
+    block_of: BlockOf  # of the network's tensors
+    trains_inputs: bool = False  # gradients pass through all blocks, into text encoders
+
+    @property
+    def depth(self) -> int:
+        return len(self.model.blocks)
+
+    def block_kinds(self) -> list[tuple[object, ...]]:
+        """For each block what decides its cost: its tensors, its LoRA, and whether a gradient has to pass through it."""
+        trained = self._trained_shapes()
+        first = next((index for index, shapes in enumerate(trained) if shapes or self.trains_inputs), len(trained))
+        kinds: list[tuple[object, ...]] = []
+        for index, block in enumerate(self.model.blocks):
+            shapes = tuple(tuple(tensor.shape) for tensor in block.parameters())
+            position = "below" if index < first else "first" if index == first else "above"
+            kinds.append((shapes, trained[index], position, index == 0))
+        return kinds
+
+    def _trained_shapes(self) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
+        """The names and shapes of the trained tensors in each block."""
+        shapes: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(self.depth)]
+        for name, parameter in self.network.named_parameters():
+            index = self.block_of(name)
+            if index is not None and index < self.depth:
+                shapes[index].append((name.split("_block_", 1)[-1], tuple(parameter.shape)))
+        return [tuple(sorted(each)) for each in shapes]
+
+    def trained_bytes(self) -> list[int]:
+        """The bytes of the trained tensors in each block."""
+        sizes = [0] * self.depth
+        for name, parameter in self.network.named_parameters():
+            index = self.block_of(name)
+            if index is not None and index < self.depth:
+                sizes[index] += parameter.numel() * parameter.element_size()
+        return sizes
+
+    def run(self, log: _Log) -> None:
+        """Forward and backward with a mean squared error."""
+        log.empty = log.tracker.live
+        prediction = self.model(*self.inputs())
+        log.end_of_blocks()
+        loss = (prediction.float() - torch.zeros_like(prediction, dtype=torch.float32)).pow(2).mean()
+        del prediction
+        loss.backward()
+        log.end_of_backward()
 
 
-def lora_shapes(network: nn.Module, depth: int) -> list[tuple[Any, ...]]:
-    """The shapes of the trained tensors in each block."""
-    found: list[list[Any]] = [[] for _ in range(depth)]
-    for name, parameter in network.named_parameters():
-        index = block_of(name)
-        if index is not None and index < depth:
-            found[index].append((name.split("_block_", 1)[-1], tuple(parameter.shape)))
-    return [tuple(sorted(shapes)) for shapes in found]
+def measure_pass(step: TrainingStep, policy: str, device_type: str) -> PassCost:
+    """Run one forward and backward on the meta device.
 
-
-def block_of(name: str) -> int | None:
-    """The number of the block that a LoRA name belongs to; None for encoders, embedders and the final layer."""
-    _, found, rest = name.partition("joint_blocks_")
-    return int(rest.split("_", 1)[0]) if found else None
-
-
-def measure_pass(model: MMDiT, network: nn.Module, policy: str, shape: StepShape, device_type: str) -> PassCost:
-    """Run one forward and backward on the meta device. `model` and `network` are there, and the network is attached.
-
-    policy: one of POLICIES. device_type: "cuda" or "cpu", whose attention is meant.
+    policy: one of POLICIES. device_type: "cuda" or "cpu", whose attention counts.
     """
-    kinds = block_kinds(model, network, shape.trains_text)
+    model, network = step.model, step.network
+    kinds = step.block_kinds()
     chosen = {kinds.index(kind) for kind in set(kinds)}
     log = _Log(StorageTracker(), _runner(policy, _with_attention_of(device_type)), chosen)
     log.tracker.watch([*model.parameters(), *model.buffers(), *network.parameters(), *network.buffers()])
     before, model.run_block = model.run_block, log.run
     try:
         with log.tracker:
-            _forward_and_backward(model, shape, log)
+            step.run(log)
     finally:
         model.run_block = before
         network.zero_grad(set_to_none=True)
-    costs = log.costs(lora_bytes(network, len(kinds)))
+    costs = log.costs(step.trained_bytes())
     return PassCost(log.before, tuple(costs[kinds.index(kind)] for kind in kinds), log.head)
 
 
 def _runner(policy: str, run: BlockRunner) -> BlockRunner:
-    if policy in ("none", "lean"):
-        return run if policy == "none" else lean(run)
+    if policy == "none":
+        return run
+    if policy == "pointwise":
+        return recompute_pointwise(run)
     return checkpointed(run, CheckpointSettings(selective=policy == "selective"), None)
 
 
 def _with_attention_of(device_type: str) -> BlockRunner:
     """Runs a block with that device's attention, when it is computed again in backward too (where torch leaves all modes)."""
 
-    def run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
         with FusedAttention(device_type):
-            return call_block(index, block, context, x, c)
+            return call_block(index, block, *inputs)
 
     return run
-
-
-def lora_bytes(network: nn.Module, depth: int) -> list[int]:
-    """The bytes of the trained tensors in each block."""
-    sizes = [0] * depth
-    for name, parameter in network.named_parameters():
-        index = block_of(name)
-        if index is not None and index < depth:
-            sizes[index] += parameter.numel() * parameter.element_size()
-    return sizes
-
-
-def _forward_and_backward(model: MMDiT, shape: StepShape, log: _Log) -> None:
-    log.empty = log.tracker.live
-    velocity = model(*_inputs(model, shape))
-    log.end_of_blocks()
-    loss = (velocity.float() - torch.zeros_like(velocity, dtype=torch.float32)).pow(2).mean()
-    del velocity
-    loss.backward()
-    log.end_of_backward()
-
-
-def _inputs(model: MMDiT, shape: StepShape) -> tuple[Tensor, ...]:
-    config = model.config
-    size = (shape.batch, config.in_channels, shape.height // 8, shape.width // 8)
-    return (
-        torch.empty(size, device=META),
-        torch.empty(shape.batch, device=META),
-        torch.empty(
-            (shape.batch, shape.context_tokens, config.context_size),
-            device=META,
-            dtype=model.dtype,
-            requires_grad=shape.trains_text,
-        ),
-        torch.empty(shape.batch, config.pooled_size, device=META, dtype=model.dtype),
-    )
 
 
 class _Log:
@@ -178,21 +147,23 @@ class _Log:
         self.forward: dict[int, tuple[int, int]] = {}  # peak above the start, kept
         self.after_blocks = 0
         self.began: list[tuple[int, int, int]] = []  # block, alive at the start of its backward, peak until then
+        self.streams = 0  # how many of a block's inputs it returns
 
-    def run(self, index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
         if index not in self.chosen:
-            return context, x
+            return inputs[: self.streams]
         start = self.tracker.live
         if not self.forward:
             self.before = start - self.empty
         self.tracker.restart()
-        context, x = self.inner(index, block, context, x, c)
+        streams = self.inner(index, block, *inputs)
+        self.streams = len(streams)
         self.forward[index] = (self.tracker.peak - start, self.tracker.live - start)
-        if torch.is_grad_enabled() and (x.requires_grad or context.requires_grad):
-            context, x = _NoteBackward.apply(self, index, context, x)
+        if torch.is_grad_enabled() and any(stream.requires_grad for stream in streams):
+            streams = cast("tuple[Tensor, ...]", _NoteBackward.apply(self, index, *streams))
         self.after_blocks = self.tracker.live
         self.tracker.restart()
-        return context, x
+        return streams
 
     def end_of_blocks(self) -> None:
         self.head = self.tracker.peak - self.after_blocks
@@ -208,7 +179,7 @@ class _Log:
 
     def costs(self, gradients: Sequence[int]) -> dict[int, BlockCost]:
         """gradients: bytes of the trained tensors of each block."""
-        found = {}
+        costs = {}
         later = 0  # of the blocks above: what they kept is gone, their gradients have come
         ends = {index: peak for (index, _, _), (_, _, peak) in zip(self.began, self.began[1:])}
         starts = {index: live for index, live, _ in self.began}
@@ -216,21 +187,21 @@ class _Log:
             above, kept = self.forward[index]
             if index in starts:
                 carried = max(0, starts[index] - (self.after_blocks + later))
-                found[index] = BlockCost(above, kept, carried, ends[index] - starts[index])
+                costs[index] = BlockCost(above, kept, carried, ends[index] - starts[index])
                 later += gradients[index] - kept
             else:  # nothing is trained below it: its output takes the place of its input
-                found[index] = BlockCost(above, 0, 0, 0)
-        return found
+                costs[index] = BlockCost(above, 0, 0, 0)
+        return costs
 
 
 class _NoteBackward(torch.autograd.Function):
     """The identity; its backward runs just before that of the block."""
 
     @staticmethod
-    def forward(ctx: Any, log: _Log, index: int, context: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, log: _Log, index: int, *streams: Tensor) -> tuple[Tensor, ...]:
         ctx.log, ctx.index = log, index
         ctx.set_materialize_grads(False)
-        return context.view_as(context), x.view_as(x)
+        return tuple(stream.view_as(stream) for stream in streams)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -238,61 +209,40 @@ class _NoteBackward(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def measure_forward(model: MMDiT, shape: StepShape, device_type: str) -> int:
+def measure_forward(model: TransformerModel, inputs: ModelInputs, device_type: str) -> int:
     """The most bytes that a forward without gradients takes beside weights: a preview's step."""
-    tracker = StorageTracker()
-    tracker.watch([*model.parameters(), *model.buffers()])
-    start, before = tracker.live, model.run_block
+    before, streams = model.run_block, 0
 
-    def run(index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        return call_block(index, block, context, x, c) if index in (0, len(model.joint_blocks) - 1) else (context, x)
+    def run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
+        nonlocal streams
+        if index not in (0, len(model.blocks) - 1):
+            return inputs[:streams]
+        outputs = call_block(index, block, *inputs)
+        streams = len(outputs)
+        return outputs
 
     model.run_block = run
     try:
-        with FusedAttention(device_type), torch.no_grad(), tracker:
-            model(*_inputs(model, shape))
+        return measure_call(model, lambda: model(*inputs()), device_type)
     finally:
         model.run_block = before
-    return tracker.peak - start
 
 
-def measure_vae(vae: Vae, method: str, shape: tuple[int, ...], device_type: str) -> int:
-    """The most bytes that `encode` of images [B, 3, H, W] or `decode` of latents [B, 16, h, w] takes beside weights."""
+def measure_call(model: nn.Module, call: Callable[[], object], device_type: str, trained: bool = False) -> int:
+    """The most bytes that `call`, which runs `model` on the meta device, takes beside weights. trained: with gradients."""
     tracker = StorageTracker()
-    tracker.watch([*vae.parameters(), *vae.buffers()])
+    tracker.watch([*model.parameters(), *model.buffers()])
     start = tracker.live
-    with FusedAttention(device_type), torch.no_grad(), tracker:
-        cast(Any, getattr(vae, method))(torch.empty(shape, device=META))
+    with FusedAttention(device_type), torch.set_grad_enabled(trained), tracker:
+        outputs = call()
+    del outputs
     return tracker.peak - start
 
 
 def measure_encoder(encoder: nn.Module, batch: int, tokens: int, device_type: str, trained: bool) -> int:
     """The most bytes that a text encoder takes beside weights; of a trained one most of it stays for its backward."""
-    tracker = StorageTracker()
-    tracker.watch([*encoder.parameters(), *encoder.buffers()])
-    start = tracker.live
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=META)
-    with FusedAttention(device_type), torch.set_grad_enabled(trained), tracker:
-        kept = encoder(input_ids=ids, output_hidden_states=True)
-    del kept
-    return tracker.peak - start
-
-
-def block_work(model: MMDiT, shape: StepShape) -> list[BlockWork]:
-    """Operations of each block's forward: two for each product of a weight and a token, four for each pair and channel."""
-    image, text = shape.streams - shape.batch * shape.context_tokens, shape.batch * shape.context_tokens
-    width, found = model.config.hidden_size, []
-    for block in cast(Sequence[JointBlock], model.joint_blocks):
-        halves = ((block.x_block, image), (block.context_block, text))
-        products = sum(
-            2.0 * layer.in_features * layer.out_features * (shape.batch if "adaLN" in path else tokens)
-            for half, tokens in halves
-            for path, layer in half.named_modules()
-            if isinstance(layer, nn.Linear)
-        )
-        pairs = (image + text) ** 2 + (image**2 if block.x_block.attn2 is not None else 0)
-        found.append(BlockWork(products, 4.0 * pairs * width / shape.batch))
-    return found
+    return measure_call(encoder, lambda: encoder(input_ids=ids, output_hidden_states=True), device_type, trained)
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from library.memory.block_swap import swap_limit
-from library.memory.estimator.planner import Levers, StepReckoner
+from library.memory.estimator.planner import MemoryOptions, StepMemoryEstimator
 
 GIB = 2**30
 
@@ -26,29 +26,30 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    levers: Levers
+    options: MemoryOptions
     t5_on_cpu: bool
     fits: bool
-    reckoner: StepReckoner
+    estimator: StepMemoryEstimator
     phases: Sequence[Phase]  # beside the training step
-    room: int
-    room_from: str
+    budget: int  # bytes
+    budget_source: str
     batch: str
 
     @property
     def depth(self) -> int:
-        return self.reckoner.depth
+        return self.estimator.depth
 
     @property
     def peak(self) -> int:
-        return max(self.reckoner.step_bytes(self.levers).total, *(phase.bytes for phase in self.phases))
+        return max(self.estimator.step_bytes(self.options).total, *(phase.bytes for phase in self.phases))
 
-    def options(self) -> list[str]:
-        return self.levers.options(self.depth) + ["--t5xxl_device cpu"] * self.t5_on_cpu
+    def flags(self) -> list[str]:
+        """As on the command line."""
+        return self.options.flags(self.depth) + ["--t5xxl_device cpu"] * self.t5_on_cpu
 
     def text(self) -> str:
         """Tables of the peaks, of the training step's parts and of the choices."""
-        step = self.reckoner.step_bytes(self.levers)
+        step = self.estimator.step_bytes(self.options)
         rows = [*self.phases, Phase("training step", step.total)]
         parts = [
             Phase("  base weights", step.base),
@@ -56,11 +57,11 @@ class MemoryPlan:
             Phase("  text encoders, VAE", step.encoders),
             Phase("  activations and gradients", step.activations),
         ]
-        chosen = " ".join(self.options()) or "no memory option is needed"
-        host = self.reckoner.host_bytes(self.levers)
+        chosen = " ".join(self.flags()) or "no memory option is needed"
+        host = self.estimator.host_bytes(self.options)
         return "\n".join(
             [
-                f"Memory plan for {self.batch}: {size_text(self.room)} can be used ({self.room_from}).",
+                f"Memory plan for {self.batch}: {size_text(self.budget)} can be used ({self.budget_source}).",
                 *(_row(row.title, row.bytes) for row in rows if row.bytes),
                 *(_row(part.title, part.bytes) for part in parts if part.bytes),
                 _row("pinned host memory", host),
@@ -71,22 +72,22 @@ class MemoryPlan:
 
     def _others(self) -> list[str]:
         """Why: each simpler choice with its peak and its time beside the chosen one's."""
-        seconds = self.reckoner.seconds(self.levers)
+        seconds = self.estimator.seconds(self.options)
         lines = []
-        for levers in self._simpler():
-            total = self.reckoner.step_bytes(levers).total
-            fits = "fits" if total <= self.room else "does not fit"
-            time = self.reckoner.seconds(levers) / seconds
-            name = " ".join(levers.options(self.depth)) or "no memory option"
+        for options in self._simpler():
+            total = self.estimator.step_bytes(options).total
+            fits = "fits" if total <= self.budget else "does not fit"
+            time = self.estimator.seconds(options) / seconds
+            name = " ".join(options.flags(self.depth)) or "no memory option"
             lines.append(f"  {size_text(total):>11}  {time:5.2f} x the time  {fits:12}  {name}")
         return ["The training step with other choices (times by a rough model):", *lines] if lines else []
 
-    def _simpler(self) -> list[Levers]:
+    def _simpler(self) -> list[MemoryOptions]:
         depth, limit = self.depth, swap_limit(self.depth)
-        exact = Levers(quantisation=self.levers.quantisation)
+        exact = MemoryOptions(quantization=self.options.quantization)
         every = [
             exact,
-            replace(exact, lean=True),
+            replace(exact, recompute_pointwise=True),
             replace(exact, policy="selective", checkpointed=depth),
             replace(exact, policy="full", checkpointed=depth),
             replace(exact, policy="full", checkpointed=depth, offload=True),
@@ -94,7 +95,7 @@ class MemoryPlan:
             replace(exact, policy="full", checkpointed=depth, swap=limit // 2),
             replace(exact, policy="full", checkpointed=depth, swap=limit),
         ]
-        return [levers for levers in dict.fromkeys(every) if levers != self.levers]
+        return [options for options in dict.fromkeys(every) if options != self.options]
 
 
 def _row(title: str, size: int) -> str:
