@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from library.common.errors import Problems
 from library.options.option import METAVARS, Option, read_switch, read_value
@@ -26,11 +26,22 @@ def build_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for group in GROUPS:
-        section = parser.add_argument_group(group.title)
-        for option in group.options:
-            section.add_argument(option.flag, **_argparse_settings(option))
+    _add_options(parser)
     return parser
+
+
+class CollectingParser(argparse.ArgumentParser):
+    """The same options, for a caller that collects mistakes: they raise, nothing exits, and defaults are not filled in."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own leaves out -1e-4
+        _add_options(self)
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,40 +58,66 @@ def default_values() -> dict[str, Any]:
 
 
 def given_values(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What the command line itself says, by dest. Of an option given twice the last counts."""
+    """What the command line itself says, by dest. Of an option given twice the last counts.
+
+    argparse stops at its first mistake, so it is given one option after the other, each with the words that follow it.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if "-h" in words or "--help" in words:
         build_parser().print_help()
         raise SystemExit(0)
-    options, problems = BY_NAME, Problems()
-    values: dict[str, Any] = {}
-    position = 0
-    while position < len(words):
-        word, position = words[position], position + 1
-        if not _is_flag(word):
-            problems.add(
-                f"{word!r} belongs to no option. Put values with spaces in quotes, and end a line with \\ alone."
-            )
-            continue
-        flag, has_value, inline = word.partition("=")
-        following: list[str] = []
-        while position < len(words) and not _is_flag(words[position]) and not has_value:
-            following.append(words[position])
-            position += 1
-        option = options.get(flag[2:]) if flag.startswith("--") else None
-        if option is None:
-            problems.add(unknown_option(flag, (f"--{name}" for name in options)))
-            continue
-        if option.nargs is None and not has_value and following:
-            taken = 0 if option.is_switch else 1
-            position -= len(following) - taken  # the rest is looked at on its own
-            following = following[:taken]
-        try:
-            values[option.dest] = _value(option, [inline] if has_value else following, bool(has_value))
-        except ValueError as error:
-            problems.add(f"{option.flag}: {error}.")
+    parser, namespace, problems = CollectingParser(), argparse.Namespace(), Problems()
+    for part in _parts(words):
+        for problem in _parse_part(parser, part, namespace):
+            problems.add(problem)
     problems.raise_if_any()
-    return values
+    return vars(namespace)
+
+
+def _parts(words: list[str]) -> list[list[str]]:
+    """The command line cut before each flag."""
+    starts = [place for place, word in enumerate(words) if place == 0 or _is_flag(word)]
+    return [words[start:end] for start, end in zip(starts, [*starts[1:], len(words)])]
+
+
+def _parse_part(parser: CollectingParser, words: list[str], namespace: argparse.Namespace) -> list[str]:
+    """Let argparse read a flag and the words after it into `namespace`. Returns the problems."""
+    flag, has_value, _ = words[0].partition("=")
+    option = BY_NAME.get(flag[2:]) if flag.startswith("--") else None
+    try:
+        _, unread = parser.parse_known_args(words, namespace)
+    except (ValueError, OverflowError) as error:
+        if option is None:
+            raise
+        return _refused_part(option, words, namespace, str(error))
+    if option is None and _is_flag(words[0]):
+        unknown = unknown_option(flag, (f"--{name}" for name in BY_NAME))
+        return [unknown, *_strays(words[1:] if has_value else [])]  # else the words were meant as its values
+    return _strays(unread)
+
+
+def _refused_part(option: Option, words: list[str], namespace: argparse.Namespace, message: str) -> list[str]:
+    """The problems of a part that argparse refuses, in our words. A switch with =true or =false is read here."""
+    _, has_value, text = words[0].partition("=")
+    texts = [text] if has_value else words[1:]
+    after = [] if option.nargs else words[1 if has_value else 2 :]
+    try:
+        if option.is_switch:
+            setattr(namespace, option.dest, read_switch(option, text))
+            return _strays(after)
+        for each in texts if option.nargs else texts[:1]:
+            read_value(option, each)
+        message = message if texts else "its value is missing"
+    except ValueError as error:
+        message = str(error)
+    return [f"{option.flag}: {message}.", *_strays(after)]
+
+
+def _strays(words: Iterable[str]) -> list[str]:
+    return [
+        f"{word!r} belongs to no option. Put values with spaces in quotes, and end a line with \\ alone."
+        for word in words
+    ]
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
@@ -98,15 +135,11 @@ def _is_flag(word: str) -> bool:
     return " " not in word.partition("=")[0]
 
 
-def _value(option: Option, texts: list[str], inline: bool) -> Any:
-    """An option's value from the words that follow it. Raises ValueError with what is wrong."""
-    if option.is_switch:
-        return read_switch(option, texts[0] if inline else "true")
-    if option.nargs == "*":
-        return [read_value(option, text) for text in texts]
-    if not texts:
-        raise ValueError("its value is missing")
-    return read_value(option, texts[0])
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    for group in GROUPS:
+        section = parser.add_argument_group(group.title)
+        for option in group.options:
+            section.add_argument(option.flag, **_argparse_settings(option))
 
 
 def _argparse_settings(option: Option) -> dict[str, Any]:

@@ -231,6 +231,29 @@ def test_all_problems_of_a_line_are_told_at_once() -> None:
     assert caught.value.problems[7].startswith("--network-alpha is not an option. Did you mean --network_alpha")
 
 
+def test_a_word_too_many_after_a_wrong_value_is_told_too() -> None:
+    for line in ("--network_dim x stray", "--network_dim=x stray", "--sdpa=maybe stray", "--sdpa=true stray --seed x"):
+        with pytest.raises(UserError) as caught:
+            parse_arguments(line.split())
+        assert len(caught.value.problems) == 2 and any(each.startswith("'stray'") for each in caught.value.problems)
+
+
+@pytest.mark.parametrize("line", ["-- x", "--", "x -- y --seed 1", "--learning_rte=1 a --seed=1"])
+def test_words_after_what_is_no_option(line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(line.split())
+    no_option = sum("is not an option" in problem for problem in caught.value.problems)
+    strays = sum("belongs to no option" in problem for problem in caught.value.problems)
+    assert (no_option, strays) == (1, 1 if line[0] in "x" or "=1 a" in line else 0)
+
+
+@pytest.mark.parametrize("words", [["--logit_mean", "-1e-4"], ["--text_encoder_lr", "-1e-4", "-.5"], ["--seed=-3"]])
+def test_numbers_below_zero_are_values(words: list[str]) -> None:
+    option = BY_NAME[words[0].partition("=")[0][2:]]
+    value = getattr(parse_arguments(words), option.dest)
+    assert value == {"logit_mean": -1e-4, "text_encoder_lr": [-1e-4, -0.5], "seed": -3}[option.name]
+
+
 @pytest.mark.parametrize(("typed", "meant"), [("--netwrk_dim", "--network_dim"), ("--lr_shedule", "--lr_scheduler")])
 def test_nearest_names_are_offered(typed: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"Did you mean .*{meant}"):
