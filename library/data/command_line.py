@@ -4,57 +4,44 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from library.common.errors import Problems, UserError
-from library.data.schema import GeneralTable
+from library.data.settings import KEYS
 
 logger = logging.getLogger(__name__)
 
 
+KEY_OPTIONS: Mapping[str, str] = {declared.option: name for name, declared in KEYS.items() if declared.option}
+"""The options that are defaults of keys of the dataset file, and those keys."""
+
+
 @dataclass(frozen=True)
 class CommandLineData:
-    """The data options of the command line, as argparse leaves them. The defaults here are the options' defaults."""
+    """The data options of the command line, as argparse leaves them."""
 
     train_data_dir: str | None = None
     reg_data_dir: str | None = None
     in_json: str | None = None
     conditioning_data_dir: str | None = None
     masked_loss: bool = False
-    alpha_mask: bool = False
     prior_loss_weight: float = 1.0
-    resolution: str | None = None  # "1024" or "832,1216"
-    train_batch_size: int = 1
-    dataset_repeats: int = 1
-    enable_bucket: bool = False
-    min_bucket_reso: int = 256
-    max_bucket_reso: int = 1024
-    bucket_reso_steps: int = 64
-    bucket_no_upscale: bool = False
-    validation_split: float = 0.0
-    validation_seed: int | None = None
-    resize_interpolation: str | None = None
-    cache_info: bool = False
-    caption_extension: str = ".caption"
-    caption_separator: str = ","
-    keep_tokens: int = 0
-    keep_tokens_separator: str = ""
-    secondary_separator: str | None = None
-    shuffle_caption: bool = False
-    enable_wildcard: bool = False
-    caption_prefix: str | None = None
-    caption_suffix: str | None = None
-    caption_dropout_rate: float = 0.0
-    caption_dropout_every_n_epochs: int = 0
-    caption_tag_dropout_rate: float = 0.0
-    token_warmup_min: int = 1
-    token_warmup_step: float = 0.0
-    color_aug: bool = False
-    flip_aug: bool = False
-    random_crop: bool = False
-    face_crop_aug_range: str | None = None  # "0.3,0.6"
+    key_options: Mapping[str, object] = field(default_factory=dict)  # those of KEY_OPTIONS, by the options' names
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> CommandLineData:
+        """Take what concerns data out of all options, by name. What is missing has its default."""
+        own = {each.name for each in fields(cls)} & options.keys()
+        key_options = {name: options[name] for name in KEY_OPTIONS if name in options}
+        return cls(**{name: options[name] for name in own}, key_options=key_options)
+
+
+def data_options() -> tuple[str, ...]:
+    """The names of all options that `CommandLineData` takes."""
+    return (*(each.name for each in fields(CommandLineData) if each.name != "key_options"), *KEY_OPTIONS)
 
 
 def dataset_keys(command_line: CommandLineData, problems: Problems) -> dict[str, Any]:
@@ -62,17 +49,13 @@ def dataset_keys(command_line: CommandLineData, problems: Problems) -> dict[str,
 
     The bucket limits count only where they differ from the option's default, so that the default can follow the resolution.
     """
-    shared = {field.name for field in fields(CommandLineData)} & GeneralTable.model_fields.keys()
-    keys: dict[str, Any] = {name: getattr(command_line, name) for name in sorted(shared)}
-    keys["batch_size"] = command_line.train_batch_size
-    keys["num_repeats"] = command_line.dataset_repeats
-    default = CommandLineData()
+    keys: dict[str, Any] = {KEY_OPTIONS[option]: value for option, value in command_line.key_options.items()}
     for name in ("min_bucket_reso", "max_bucket_reso"):
-        if keys[name] == getattr(default, name):
-            del keys[name]
+        if keys.get(name) == KEYS[name].default:
+            keys.pop(name, None)
     for name, parse in (("resolution", parse_resolution), ("face_crop_aug_range", parse_face_range)):
         try:
-            keys[name] = parse(keys.pop(name))
+            keys[name] = parse(keys.pop(name, None))
         except UserError as error:
             problems.collect(error)
     return {key: value for key, value in keys.items() if value is not None}

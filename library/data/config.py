@@ -27,9 +27,11 @@ Values = Mapping[str, Any]
 _CAPTION_KEYS = tuple(field.name for field in fields(CaptionSettings))
 _SUBSET_KEYS = (
     "is_reg",
-    *(field.name for field in fields(SubsetSettings) if field.name in schema.GeneralTable.model_fields),
+    *(field.name for field in fields(SubsetSettings) if field.name in schema.GENERAL_TABLE.model_fields),
 )
-_DATASET_KEYS = tuple(field.name for field in fields(DatasetSettings) if field.name in schema.GeneralTable.model_fields)
+_DATASET_KEYS = tuple(
+    field.name for field in fields(DatasetSettings) if field.name in schema.GENERAL_TABLE.model_fields
+)
 
 
 def read_datasets(config_path: str | Path | None, command_line: CommandLineData) -> list[DatasetSettings]:
@@ -52,7 +54,7 @@ def read_datasets(config_path: str | Path | None, command_line: CommandLineData)
 
 def _command_line_values(command_line: CommandLineData, problems: Problems) -> Values:
     """The command line's share of the values, checked by the rules of [general]."""
-    values, wrong = schema.check(schema.GeneralTable, dataset_keys(command_line, problems))
+    values, wrong = schema.check(schema.GENERAL_TABLE, dataset_keys(command_line, problems))
     for _, sentence in wrong:
         problems.add(f"The command line: {sentence}.")
     return values
@@ -80,7 +82,7 @@ class _Reader:
         if general_table is not None and not isinstance(general_table, dict):
             self._add(("general",), "general must be one table, [general]")
             general_table = None
-        general = self._checked(schema.GeneralTable, general_table or {}, ("general",))
+        general = self._checked(schema.GENERAL_TABLE, general_table or {}, ("general",))
         datasets = self._tables(tables.get("datasets"), (), "datasets", "[[datasets]]")
         if not datasets and not self.problems.problems:
             self._add((), "there is no dataset; write a [[datasets]] table with a [[datasets.subsets]] table below it")
@@ -118,7 +120,7 @@ class _Reader:
         """Whether anyone gave a resolution, good or bad."""
         general = self.source.tables.get("general")
         in_general = isinstance(general, dict) and "resolution" in general
-        return "resolution" in dataset or in_general or bool(self.command_line.resolution)
+        return "resolution" in dataset or in_general or bool(self.command_line.key_options.get("resolution"))
 
     def _finished(
         self, settings: DatasetSettings, limits: tuple[int | None, int | None], place: Place
@@ -220,7 +222,7 @@ class _Reader:
 
 def _misplaced(key: str) -> str:
     """Why a key can't stand at the top of the file."""
-    if key in schema.GeneralTable.model_fields:
+    if key in schema.GENERAL_TABLE.model_fields:
         return f'key "{key}" stands outside of all tables; put it in [general] or in a [[datasets]] table'
     if key == "subsets":
         return "write [[datasets.subsets]] below a [[datasets]] table"

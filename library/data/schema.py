@@ -1,49 +1,22 @@
 """The tables of a dataset file and the keys that each may hold. Every wrong key or value becomes one sentence.
 
-Three levels hold keys: [general], [[datasets]] and [[datasets.subsets]]. A value is looked for from the innermost outwards, so all
-fields are optional here; `library.data.config` resolves them.
+Three levels hold keys: [general], [[datasets]] and [[datasets.subsets]]. A value is looked for from the innermost outwards, so nearly
+all are optional here; `library.data.config` resolves them. The keys are declared in `library.data.settings`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
-from library.data.settings import Interpolation
+from library.data.keys import STYLES, Level, Style
+from library.data.settings import KEYS
 
 Table = Mapping[str, Any]
-
-
-def _size(value: object) -> object:
-    """1024 or [832, 1216] -> (W, H)."""
-    sides = value if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
-        raise PydanticCustomError("size", "must be a whole number or [width, height]")
-    if min(sides) < 1:
-        raise PydanticCustomError("size", "must be above 0")
-    return tuple(sides)
-
-
-def _range(value: object) -> object:
-    """[0.3, 0.6] -> (0.3, 0.6)."""
-    ends = value if isinstance(value, list | tuple) else []
-    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
-        raise PydanticCustomError("range", "must be two numbers, as in [0.3, 0.6]")
-    if not 0 < ends[0] <= ends[1]:
-        raise PydanticCustomError("range", "must be two numbers above 0, the smaller one first")
-    return (float(ends[0]), float(ends[1]))
-
-
-Resolution = Annotated[tuple[int, int], BeforeValidator(_size)]
-FaceRange = Annotated[tuple[float, float], BeforeValidator(_range)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Keys(BaseModel):
@@ -52,97 +25,24 @@ class Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class SharedKeys(Keys):
-    """Keys of a subset that may also stand in [[datasets]] and [general]."""
-
-    num_repeats: int | None = None
-    shuffle_caption: bool | None = None
-    caption_separator: Text | None = None
-    keep_tokens: NotNegative | None = None
-    keep_tokens_separator: str | None = None
-    secondary_separator: str | None = None
-    enable_wildcard: bool | None = None
-    caption_prefix: str | None = None
-    caption_suffix: str | None = None
-    caption_dropout_rate: Probability | None = None
-    caption_dropout_every_n_epochs: NotNegative | None = None
-    caption_tag_dropout_rate: Probability | None = None
-    token_warmup_min: NotNegative | None = None
-    token_warmup_step: Annotated[float, Field(ge=0)] | None = None
-    color_aug: bool | None = None
-    flip_aug: bool | None = None
-    face_crop_aug_range: FaceRange | None = None
-    random_crop: bool | None = None
-    custom_attributes: dict[str, Any] | None = None
-    resize_interpolation: Interpolation | None = None
+def _table(level: Level, style: Style | None = None) -> type[Keys]:
+    """The model of the tables of one level, in datasets of one style, or of [general], which has no style."""
+    definitions: dict[str, Any] = {}
+    for name, declared in KEYS.items():
+        if level in declared.key.levels and style in (None, *declared.key.styles):
+            required = level == "subsets" and style in declared.key.required
+            definitions[name] = (declared.type, ...) if required else (declared.type | None, None)
+    return create_model(f"{level} {style or ''}".strip(), __base__=Keys, **definitions)
 
 
-class CaptionFileKeys(Keys):
-    """Keys about caption files, which metadata style has no use for."""
-
-    caption_extension: Text | None = None
-    class_tokens: str | None = None
-
-
-class CacheKeys(Keys):
-    cache_info: bool | None = None
-
-
-class AlphaKeys(Keys):
-    alpha_mask: bool | None = None
-
-
-class DatasetKeys(SharedKeys, CacheKeys):
-    resolution: Resolution | None = None
-    batch_size: Positive | None = None
-    enable_bucket: bool | None = None
-    min_bucket_reso: Positive | None = None
-    max_bucket_reso: Positive | None = None
-    bucket_reso_steps: Positive | None = None
-    bucket_no_upscale: bool | None = None
-    network_multiplier: float | None = None
-    validation_split: float | None = None
-    validation_seed: int | None = None
-
-
-class GeneralTable(DatasetKeys, CaptionFileKeys, AlphaKeys):
-    """[general], and the command line's values too: they are checked by the same rules."""
-
-
-class FolderDataset(DatasetKeys, CaptionFileKeys, AlphaKeys):
-    """[[datasets]] whose subsets are folders."""
-
-
-class MetadataDataset(DatasetKeys, AlphaKeys):
-    """[[datasets]] whose subsets have a metadata_file."""
-
-
-class MaskDataset(DatasetKeys, CaptionFileKeys):
-    """[[datasets]] whose subsets have a folder of masks."""
-
-
-class FolderSubset(SharedKeys, CaptionFileKeys, CacheKeys, AlphaKeys):
-    image_dir: Text
-    is_reg: bool | None = None
-
-
-class MetadataSubset(SharedKeys, CacheKeys, AlphaKeys):
-    metadata_file: Text
-    image_dir: Text | None = None
-
-
-class MaskSubset(SharedKeys, CaptionFileKeys, CacheKeys):
-    image_dir: Text
-    conditioning_data_dir: Text
-
-
-SUBSET_TABLES: dict[str, type[Keys]] = {"folder": FolderSubset, "metadata": MetadataSubset, "mask": MaskSubset}
-DATASET_TABLES: dict[str, type[Keys]] = {"folder": FolderDataset, "metadata": MetadataDataset, "mask": MaskDataset}
+GENERAL_TABLE = _table("general")
+"""[general], and the command line's values too: they are checked by the same rules."""
+DATASET_TABLES: dict[str, type[Keys]] = {style: _table("datasets", style) for style in STYLES}
+SUBSET_TABLES: dict[str, type[Keys]] = {style: _table("subsets", style) for style in STYLES}
 
 COMMAND_LINE_ONLY = ("debug_dataset", "prior_loss_weight", "max_token_length", "masked_loss", "cache_latents", "seed")
 OTHER_NAMES = {
-    "train_batch_size": "batch_size",
-    "dataset_repeats": "num_repeats",
+    **{declared.option: name for name, declared in KEYS.items() if declared.option not in (None, name)},
     "caption_extention": "caption_extension",
     "train_data_dir": "image_dir",
     "in_json": "metadata_file",
@@ -197,10 +97,10 @@ def unknown_key(key: str, model: type[Keys]) -> str:
     if key == "conditioning_data_dir" and in_subset:
         return 'key "conditioning_data_dir" needs --masked_loss, and then every subset of the dataset must have it'
     if any(key in table.model_fields for table in SUBSET_TABLES.values()):
-        if in_subset or key in GeneralTable.model_fields:
+        if in_subset or key in GENERAL_TABLE.model_fields:
             return f'key "{key}" has no meaning for this style of subset'
         return f'key "{key}" belongs in [[datasets.subsets]], not here'
-    if key in GeneralTable.model_fields:
+    if key in GENERAL_TABLE.model_fields:
         return f'key "{key}" belongs in [[datasets]] or [general], not here'
     return f'unknown key "{key}"' + nearest(OTHER_NAMES.get(key, key), model.model_fields)
 

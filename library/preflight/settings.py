@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -180,10 +179,9 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
-    names = {field.name for field in fields(CommandLineData)}
     return DataSettings(
         dataset_config=args.dataset_config,
-        command_line=CommandLineData(**{name: value for name, value in vars(args).items() if name in names}),
+        command_line=CommandLineData.from_options(vars(args)),
         cache_dir=path_or_none(args.cache_dir),
         skip_bad_images=args.skip_bad_images,
         masked_loss=args.masked_loss,

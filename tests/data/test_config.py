@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from library.common.errors import UserError
-from library.data.command_line import CommandLineData
+from library.data.command_line import CommandLineData, data_options
 from library.data.config import read_datasets
 from library.data.settings import CaptionSettings, DatasetSettings
 
 NOTHING = CommandLineData()
+
+
+def data_of(**options: object) -> CommandLineData:
+    """What the command line says with these options."""
+    return CommandLineData.from_options(options)
 
 
 def read(
@@ -89,7 +93,7 @@ keep_tokens = 2
 
 
 def test_every_key_arrives(tmp_path: Path) -> None:
-    (dataset,) = read(tmp_path, EVERYTHING, CommandLineData(prior_loss_weight=0.25))
+    (dataset,) = read(tmp_path, EVERYTHING, data_of(prior_loss_weight=0.25))
     assert dataset.resolution == (832, 1216)
     assert (dataset.batch_size, dataset.enable_bucket, dataset.bucket_no_upscale) == (4, True, False)
     assert (dataset.min_bucket_reso, dataset.max_bucket_reso, dataset.bucket_reso_steps) == (288, 1312, 32)
@@ -132,7 +136,7 @@ def test_null_in_json_means_not_given(tmp_path: Path) -> None:
     tables = {
         "datasets": [{"resolution": 512, "batch_size": None, "subsets": [{"image_dir": "a", "num_repeats": None}]}]
     }
-    (dataset,) = read(tmp_path, json.dumps(tables), CommandLineData(train_batch_size=7), "data.json")
+    (dataset,) = read(tmp_path, json.dumps(tables), data_of(train_batch_size=7), "data.json")
     assert (dataset.batch_size, dataset.subsets[0].num_repeats) == (7, 1)
 
 
@@ -188,7 +192,7 @@ def test_the_innermost_value_wins(
         "datasets": [{"resolution": 512, **dataset, "subsets": [{"image_dir": "a", **subset}]}],
     }
     options = {("dataset_repeats" if key == "num_repeats" else key): value for key, value in given_options.items()}
-    (made,) = read(tmp_path, json.dumps(tables), CommandLineData(**options), "data.json")
+    (made,) = read(tmp_path, json.dumps(tables), data_of(**options), "data.json")
     default = {"num_repeats": 1, "shuffle_caption": False, "caption_prefix": "", "caption_dropout_rate": 0.0}
     default |= {"flip_aug": False, "keep_tokens": 0}
     (one,) = made.subsets
@@ -199,7 +203,7 @@ def test_the_innermost_value_wins(
 
 def test_command_line_values_are_the_fallback(tmp_path: Path) -> None:
     text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'"
-    options = CommandLineData(
+    options = data_of(
         resolution="832,1216",
         train_batch_size=3,
         dataset_repeats=5,
@@ -251,7 +255,7 @@ network_multiplier = "1"
   caption_dropout_rate = 2
   face_crop_aug_range = [1, 0.2]
 """
-    found = problems(tmp_path, text, CommandLineData(caption_tag_dropout_rate=-1.0, face_crop_aug_range="7"))
+    found = problems(tmp_path, text, data_of(caption_tag_dropout_rate=-1.0, face_crop_aug_range="7"))
     file = str(tmp_path / "data.toml")
     expected = [
         ("--face_crop_aug_range must be two numbers",),
@@ -437,7 +441,7 @@ def test_a_split_outside_its_range_holds_nothing_out(
 def test_data_options_beside_a_file_are_said_to_be_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir='a'"
     with caplog.at_level(logging.WARNING):
-        read(tmp_path, text, CommandLineData(train_data_dir="x", in_json="y"))
+        read(tmp_path, text, data_of(train_data_dir="x", in_json="y"))
     assert "--train_data_dir and --in_json" in caplog.text
 
 
@@ -447,9 +451,7 @@ MASKS = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir='a'\ncon
 
 
 def test_with_masked_loss_a_folder_of_masks_makes_the_style(tmp_path: Path) -> None:
-    (dataset,) = read(
-        tmp_path, MASKS + "custom_attributes = {a = 1}", CommandLineData(masked_loss=True, alpha_mask=True)
-    )
+    (dataset,) = read(tmp_path, MASKS + "custom_attributes = {a = 1}", data_of(masked_loss=True, alpha_mask=True))
     (subset,) = dataset.subsets
     assert (subset.style, subset.conditioning_data_dir) == ("mask", Path("m"))
     assert not subset.alpha_mask
@@ -458,12 +460,12 @@ def test_with_masked_loss_a_folder_of_masks_makes_the_style(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("line", ["random_crop = true", "alpha_mask = true", "is_reg = true"])
 def test_what_masks_exclude_is_refused(tmp_path: Path, line: str) -> None:
-    (problem,) = problems(tmp_path, MASKS + line, CommandLineData(masked_loss=True))
+    (problem,) = problems(tmp_path, MASKS + line, data_of(masked_loss=True))
     assert line.split()[0] in problem
 
 
 def test_masks_for_some_subsets_only_are_refused(tmp_path: Path) -> None:
-    found = problems(tmp_path, MASKS + "[[datasets.subsets]]\nimage_dir='b'", CommandLineData(masked_loss=True))
+    found = problems(tmp_path, MASKS + "[[datasets.subsets]]\nimage_dir='b'", data_of(masked_loss=True))
     assert any("every subset" in problem for problem in found)
 
 
@@ -473,7 +475,7 @@ def test_masks_for_some_subsets_only_are_refused(tmp_path: Path) -> None:
 def test_numbered_folders_become_subsets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ["train/10_a cat_b", "train/3", "train/0_none", "train/name", "train/.hidden", "reg/2_cat"]:
         (tmp_path / name).mkdir(parents=True)
-    options = CommandLineData(
+    options = data_of(
         train_data_dir=str(tmp_path / "train"),
         reg_data_dir=str(tmp_path / "reg"),
         resolution="64",
@@ -497,18 +499,18 @@ def test_numbered_folders_become_subsets(tmp_path: Path, caplog: pytest.LogCaptu
 def test_folders_without_a_number_are_an_error_that_says_how_to_name_them(tmp_path: Path) -> None:
     (tmp_path / "cats").mkdir()
     with pytest.raises(UserError, match="10_name"):
-        read_datasets(None, CommandLineData(train_data_dir=str(tmp_path), resolution="64"))
+        read_datasets(None, data_of(train_data_dir=str(tmp_path), resolution="64"))
 
 
 def test_both_missing_folders_are_told_at_once(tmp_path: Path) -> None:
-    options = CommandLineData(train_data_dir=str(tmp_path / "a"), reg_data_dir=str(tmp_path / "b"), resolution="64")
+    options = data_of(train_data_dir=str(tmp_path / "a"), reg_data_dir=str(tmp_path / "b"), resolution="64")
     with pytest.raises(UserError) as raised:
         read_datasets(None, options)
     assert [problem.split(":")[0] for problem in raised.value.problems] == ["--train_data_dir", "--reg_data_dir"]
 
 
 def test_a_metadata_file_on_the_command_line(tmp_path: Path) -> None:
-    options = CommandLineData(train_data_dir="images", in_json="meta.jsonl", resolution="64", dataset_repeats=4)
+    options = data_of(train_data_dir="images", in_json="meta.jsonl", resolution="64", dataset_repeats=4)
     (dataset,) = read_datasets(None, options)
     (subset,) = dataset.subsets
     assert (subset.style, subset.image_dir, subset.metadata_file) == ("metadata", Path("images"), Path("meta.jsonl"))
@@ -519,10 +521,10 @@ def test_masks_on_the_command_line_are_the_fallback_of_every_subset(tmp_path: Pa
     for name in ["train/1_a", "train/1_b", "masks/1_a"]:
         (tmp_path / name).mkdir(parents=True)
     masks = {"conditioning_data_dir": str(tmp_path / "masks"), "masked_loss": True, "resolution": "64"}
-    (dataset,) = read_datasets(None, CommandLineData(train_data_dir=str(tmp_path / "train"), **masks))
+    (dataset,) = read_datasets(None, data_of(train_data_dir=str(tmp_path / "train"), **masks))
     assert [one.conditioning_data_dir for one in dataset.subsets] == [tmp_path / "masks/1_a", tmp_path / "masks"]
     text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='1_a'\n[[datasets.subsets]]\nimage_dir='x'\nconditioning_data_dir='own'"
-    (dataset,) = read(tmp_path, text, CommandLineData(**masks))
+    (dataset,) = read(tmp_path, text, data_of(**masks))
     assert [one.conditioning_data_dir for one in dataset.subsets] == [tmp_path / "masks/1_a", Path("own")]
 
 
@@ -530,15 +532,15 @@ def test_masks_exclude_regularisation_and_pass_over_metadata(tmp_path: Path, cap
     (tmp_path / "1_a").mkdir()
     masks = {"conditioning_data_dir": "masks", "masked_loss": True, "resolution": "64"}
     with pytest.raises(UserError, match="--reg_data_dir can't be used"):
-        read_datasets(None, CommandLineData(train_data_dir=str(tmp_path), reg_data_dir=str(tmp_path), **masks))
-    (dataset,) = read_datasets(None, CommandLineData(in_json="m.json", **masks))
+        read_datasets(None, data_of(train_data_dir=str(tmp_path), reg_data_dir=str(tmp_path), **masks))
+    (dataset,) = read_datasets(None, data_of(in_json="m.json", **masks))
     assert dataset.subsets[0].style == "metadata"
     assert "no effect on metadata" in caplog.text
 
 
 def test_no_data_at_all_is_said() -> None:
     with pytest.raises(UserError, match="--dataset_config"):
-        read_datasets(None, CommandLineData(resolution="64"))
+        read_datasets(None, data_of(resolution="64"))
 
 
 @pytest.mark.parametrize(
@@ -547,13 +549,13 @@ def test_no_data_at_all_is_said() -> None:
 )
 def test_resolution_strings(tmp_path: Path, text: str, size: tuple[int, int]) -> None:
     (tmp_path / "1_a").mkdir()
-    assert read_datasets(None, CommandLineData(train_data_dir=str(tmp_path), resolution=text))[0].resolution == size
+    assert read_datasets(None, data_of(train_data_dir=str(tmp_path), resolution=text))[0].resolution == size
 
 
 @pytest.mark.parametrize("text", ["big", "1,2,3", "-5", "1.5", ","])
 def test_faulty_resolution_strings(text: str) -> None:
     with pytest.raises(UserError, match="--resolution"):
-        read_datasets(None, CommandLineData(in_json="a.json", resolution=text))
+        read_datasets(None, data_of(in_json="a.json", resolution=text))
 
 
 OTHER_THAN_DEFAULT = {
@@ -597,7 +599,7 @@ OTHER_THAN_DEFAULT = {
 }
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(CommandLineData)])
+@pytest.mark.parametrize("name", data_options())
 def test_every_command_line_value_changes_the_settings(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -613,5 +615,5 @@ def test_every_command_line_value_changes_the_settings(
         "conditioning_data_dir": {"masked_loss": True},
     }
     base |= needs.get(name, {})
-    without = read_datasets(None, CommandLineData(**base))
-    assert read_datasets(None, CommandLineData(**(base | {name: OTHER_THAN_DEFAULT[name]}))) != without
+    without = read_datasets(None, data_of(**base))
+    assert read_datasets(None, data_of(**(base | {name: OTHER_THAN_DEFAULT[name]}))) != without
