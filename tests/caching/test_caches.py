@@ -44,7 +44,9 @@ def datasets_of(folder: Path, **changes) -> list[IndexedDataset]:
         "bucket_reso_steps": 32,
         **changes,
     }
-    return build_index(read_datasets(None, CommandLineData(train_data_dir=str(folder), **chosen))).training
+    return build_index(
+        read_datasets(None, CommandLineData.from_options({"train_data_dir": str(folder), **chosen}))
+    ).training
 
 
 class Encoders:
