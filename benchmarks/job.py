@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -14,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from library.common.errors import UserError
 from library.common.seeds import StepGenerators, seed_everything
-from library.distributed.gradients import GradientReducer, LossScaler
+from library.data.loader import Batch
+from library.distributed.gradients import GradientReducer
+from library.distributed.launch import AcceleratorSettings, make_accelerator
 from library.memory.apply import apply_memory_optimizations
 from library.memory.block_swap import BlockSwapper, swap_limit
 from library.options.resolve import resolve_options
@@ -29,18 +32,18 @@ from library.preflight.settings import (
 )
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import HEAD_SIZE, MMDiTConfig
-from library.training.loop import LoopParts, LoopSettings, StepReport, TrainingLoop
 from library.training.optimizers import build_optimizer
-from library.training.precision import Precision, choose_precision
+from library.training.precision import LossScaler, Precision, choose_precision
 from library.training.schedulers import build_schedule
-from library.training.step import DenoisingStep, StepInput, StepResult
-from library.training.train_progress import TrainProgress
+from library.training.step import StepSettings, TrainingStep
+from library.training.train_progress import StepReport, TrainProgress
 
 PRESETS = {
     "sd3m": MMDiTConfig(24, 1536, 2, 16, 16, 4096, 2048, 6144, 192, False, ()),
     "sd35m": MMDiTConfig(24, 1536, 2, 16, 16, 4096, 2048, 6144, 384, True, tuple(range(13))),
     "sd35l": MMDiTConfig(38, 2432, 2, 16, 16, 4096, 2048, 9728, 192, True, ()),
 }
+Conditioning = tuple[Tensor, Tensor]
 CLIP_TOKENS = 77
 ENDLESS = 10**9  # steps
 
@@ -133,33 +136,23 @@ class Shape:
         return cls(args.train_batch_size, side, side, CLIP_TOKENS + args.t5xxl_max_token_length)
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What the loop reads of a batch, and the latents and text that stand for it on the device."""
-
-    loss_weights: Tensor
-    paths: list[str]
-    latents: Tensor
-    conditioning: tuple[Tensor, Tensor]
-
-
 @dataclass
 class Job:
-    """A loop that can be asked for one step after another."""
+    """A model with its network and optimizer, ready for one step after another."""
 
     model: MMDiT
     network: Any  # networks.lora.Network, or another module's
     swapper: BlockSwapper | None
-    loop: TrainingLoop
-    batch: MicroBatch
-    position: TrainProgress
+    training_step: TrainingStep[Conditioning]
+    batch: Batch
+    progress: TrainProgress
 
     def step(self) -> StepReport:
         """One optimizer step: forward, backward, clip, step."""
-        count = self.loop.settings.accumulation
-        samples = count * len(self.batch.paths)
-        report = self.loop.optimizer_step(self.position, repeat(self.batch, count), samples)
-        self.position = report.progress
+        count = self.training_step.settings.accumulation
+        samples = [len(self.batch.paths)] * count
+        report = self.training_step(self.progress, repeat(self.batch, count), samples)
+        self.progress = report.progress
         return report
 
 
@@ -179,36 +172,51 @@ def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device
         scheduler_settings(args, ENDLESS), optimizer.optimizer, optimizer.is_schedule_free, optimizer.forced_schedule
     )
     optimizer.train()
-    parts = LoopParts(
-        losses=_losses(args, model, network, device),
-        parameters=parameters,
-        optimizer=optimizer,
-        schedule=schedule,
-        reducer=GradientReducer(parameters, 1),
-        device=device,
+    accumulation = args.gradient_accumulation_steps
+    step = TrainingStep(
+        StepSettings(accumulation, args.max_grad_norm, args.seed or 0, flow_settings(args), loss_settings(args)),
+        make_accelerator(AcceleratorSettings(precision.mixed_precision, accumulation)),
+        RandomBatchModel(model, network),
+        parameters,
+        optimizer,
+        schedule,
+        GradientReducer(parameters, 1),
         scaler=LossScaler(device) if precision.scale_loss else None,
     )
-    length = LoopSettings(args.gradient_accumulation_steps, ENDLESS, args.max_grad_norm, args.seed or 0)
-    batch = random_batch(config, shape, precision, device)
-    return Job(model, network, swapper, TrainingLoop(length, parts), batch, TrainProgress())
+    return Job(model, network, swapper, step, random_batch(config, shape, precision, device), TrainProgress())
 
 
-def _losses(
-    args: argparse.Namespace, model: MMDiT, network: Any, device: torch.device
-) -> Callable[[MicroBatch, StepGenerators], StepResult]:
-    def predict(noisy: Tensor, timesteps: Tensor, conditioning: tuple[Tensor, Tensor]) -> Tensor:
-        return model(noisy, timesteps, *conditioning)
+@dataclass(frozen=True)
+class RandomBatchModel:
+    """The model family of a `random_batch`, which holds its latents and its conditioning."""
 
-    step = DenoisingStep(flow_settings(args), loss_settings(args), predict, lambda: network.disable_adapters(), device)
+    model: MMDiT
+    network: Any
 
-    def losses(batch: MicroBatch, draws: StepGenerators) -> StepResult:
-        given = StepInput(batch.latents, batch.conditioning, batch.loss_weights, mask=None, preserve=None)
-        return step(given, draws)
+    def batch_latents(self, batch: Batch, generators: StepGenerators) -> Tensor:
+        assert batch.latents is not None
+        return batch.latents
 
-    return losses
+    def conditioning(self, batch: Batch, generators: StepGenerators, training: bool) -> Conditioning:
+        return conditioning_of(batch)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.model(noisy, timesteps, *conditioning)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        return
+
+    def base_model(self) -> AbstractContextManager[object]:
+        return self.network.disable_adapters()
 
 
-def random_batch(config: MMDiTConfig, shape: Shape, precision: Precision, device: torch.device) -> MicroBatch:
+def conditioning_of(batch: Batch) -> Conditioning:
+    """The context [B, L, 4096] and the pooled text [B, 2048] of a `random_batch`."""
+    assert batch.text is not None
+    return batch.text["context"], batch.text["pooled"]
+
+
+def random_batch(config: MMDiTConfig, shape: Shape, precision: Precision, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(1)
 
     def noise(*size: int) -> Tensor:
@@ -218,7 +226,18 @@ def random_batch(config: MMDiTConfig, shape: Shape, precision: Precision, device
     pooled = noise(shape.batch, config.pooled_size).to(precision.dtype)
     latents = noise(shape.batch, config.in_channels, shape.height // 8, shape.width // 8)
     weights = torch.ones(shape.batch, device=device)
-    return MicroBatch(weights, [f"{number}.png" for number in range(shape.batch)], latents, (context, pooled))
+    return Batch(
+        images=None,
+        latents=latents,
+        captions=[""] * shape.batch,
+        text={"context": context, "pooled": pooled},
+        mask=None,
+        loss_weights=weights,
+        preserve=None,
+        network_multiplier=1.0,
+        paths=[f"{number}.png" for number in range(shape.batch)],
+        size=(shape.width, shape.height),
+    )
 
 
 # --- work -------------------------------------------------------------------------------------------------------------

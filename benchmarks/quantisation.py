@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.devices import wait_for
-from benchmarks.job import CLIP_TOKENS, Shape, add_sizes, random_batch, random_model, sizes, training_options
+from benchmarks.job import (
+    CLIP_TOKENS,
+    Shape,
+    add_sizes,
+    conditioning_of,
+    random_batch,
+    random_model,
+    sizes,
+    training_options,
+)
 from benchmarks.measuring import Row, add_face, compare, ours, tell, theirs
 from library.memory.apply import MemorySettings, apply_memory_optimizations
 from library.memory.quantization import fp8_matmul_problems
@@ -91,7 +100,7 @@ def run(base: MMDiT, settings: MemorySettings, dtype: torch.dtype, shape: Shape,
     network = attach_noise(model, device)
     batch = random_batch(model.config, shape, Precision(dtype, torch.float32, False), device)
     started = time.perf_counter()
-    velocity = model(batch.latents, torch.tensor(TIMESTEPS, device=device), *batch.conditioning).float()
+    velocity = model(batch.latents, torch.tensor(TIMESTEPS, device=device), *conditioning_of(batch)).float()
     velocity.square().mean().backward()
     wait_for(device)
     seconds = time.perf_counter() - started

@@ -57,7 +57,7 @@ class ModelFamily(ABC):
         """Share the denoiser's weights out over all processes. local_sizes: how many run on each one's machine."""
 
     @abstractmethod
-    def conditioning(self, batch: Batch, draws: StepGenerators, training: bool) -> Any:
+    def conditioning(self, batch: Batch, generators: StepGenerators, training: bool) -> Any:
         """A batch's text as the denoiser wants it; dropout acts where `training`."""
 
     @abstractmethod

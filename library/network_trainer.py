@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,14 +27,15 @@ from library.common.seeds import StepGenerators, seed_everything
 from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR
 from library.data.loader import Batch, Loader, LoaderSettings, preserves
 from library.distributed.fsdp import ShardedModel
-from library.distributed.gradients import GradientReducer, LossScaler
+from library.distributed.gradients import GradientReducer
 from library.distributed.launch import (
-    Sharing,
-    plain_launch,
-    requested_sharing,
-    sharing_problems,
-    sharing_warnings,
-    unlike_starts,
+    ShardingConfig,
+    check_resume_consistency,
+    make_accelerator,
+    requested_sharding,
+    sharding_problems,
+    sharding_warnings,
+    start_processes,
 )
 from library.distributed.zero import build_shared_optimizer, can_be_shared
 from library.flow.timesteps import validation_timesteps
@@ -50,6 +50,7 @@ from library.preflight.network import make_network
 from library.preflight.plan import plan_run
 from library.preflight.run_length import initial_progress
 from library.preflight.settings import (
+    accelerator_settings,
     base_weight_files,
     flow_settings,
     hub_settings,
@@ -64,6 +65,7 @@ from library.preflight.settings import (
     planner_settings,
     resume_settings,
     scheduler_settings,
+    sharding_options,
     state_options,
     text_cache_settings,
 )
@@ -72,12 +74,12 @@ from library.saving.resume import resume_problems, state_to_resume, whole_state
 from library.saving.saver import told_if_unwritable
 from library.saving.state import SavedState
 from library.training.ema import WeightEma
-from library.training.loop import LoopParts, LoopSettings, TrainingLoop
+from library.training.loop import TrainingLoop
 from library.training.optimizers import build_optimizer
 from library.training.out_of_memory import told_clearly
-from library.training.precision import choose_precision
+from library.training.precision import LossScaler, choose_precision
 from library.training.schedulers import build_schedule
-from library.training.step import DenoisingStep, StepInput, StepResult
+from library.training.step import BatchLosses, StepSettings, TrainingStep
 from library.training.train_progress import TrainProgress
 from networks.base_weights import BaseWeights
 
@@ -117,7 +119,7 @@ class NetworkTrainer(ModelFamily):
         self.hub = collect_errors(self.problems, self.start_uploads)
         with self.accelerator.local_main_process_first():  # one process of each machine downloads
             self.state = collect_errors(self.problems, lambda: state_to_resume(resume_settings(self.args)))
-        self.problems += unlike_starts(
+        self.problems += check_resume_consistency(
             self.gather([None if self.state is None else self.state.position]), self.args.resume
         )
         self.problems += tracking_problems(self.tracking)
@@ -165,27 +167,20 @@ class NetworkTrainer(ModelFamily):
 
     def start_processes(self) -> None:
         """Find the device and the other processes; choose the number formats."""
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-
         args = self.args
         self.tracking = tracking_settings(args)
-        wait = InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout)) if args.ddp_timeout else None
-        with plain_launch():
-            self.accelerator = Accelerator(
-                mixed_precision="no",  # models compute in their own dtype, without autocast
-                log_with=list(self.tracking.names) or None,
-                project_dir=self.tracking.folder,
-                kwargs_handlers=[wait] if wait else None,
-            )
+        self.precision = choose_precision(
+            args.mixed_precision, args.full_fp16, args.full_bf16, start_processes(args.ddp_timeout)
+        )
+        self.accelerator = make_accelerator(
+            accelerator_settings(args, self.precision, self.tracking.names, self.tracking.folder)
+        )
         self.device = self.accelerator.device
-        request = requested_sharing(args, os.environ)
-        self.problems += sharing_problems(request, args, self.accelerator.num_processes)
-        self.sharing = request.sharing if self.accelerator.num_processes > 1 else Sharing()
-        for warning in sharing_warnings(request, self.accelerator.num_processes):
-            logger.warning(warning)
-        self.precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, self.device)
-        for warning in self.precision.warnings:
+        options = sharding_options(args)
+        request = requested_sharding(options, os.environ)
+        self.problems += sharding_problems(request, options, self.accelerator.num_processes)
+        self.sharding = request.sharding if self.accelerator.num_processes > 1 else ShardingConfig()
+        for warning in (*sharding_warnings(request, self.accelerator.num_processes), *self.precision.warnings):
             logger.warning(warning)
 
     def gather(self, items: list[T]) -> list[T]:
@@ -305,10 +300,10 @@ class NetworkTrainer(ModelFamily):
     def share_out_denoiser(self) -> None:
         """Leave a share of the denoiser's weights on each process, where that is wanted."""
         self.sharded: ShardedModel | None = None
-        if self.sharing.base is None:
+        if self.sharding.base is None:
             return
         local_sizes = self.gather([int(os.environ.get("LOCAL_WORLD_SIZE", "1"))])
-        self.sharded = self.shard(self.sharing.base, local_sizes)
+        self.sharded = self.shard(self.sharding.base, local_sizes)
         logger.info("%s", self.sharded.summary())
 
     def uneven_forwards(self) -> AbstractContextManager[None]:
@@ -319,10 +314,10 @@ class NetworkTrainer(ModelFamily):
         args = self.args
         given = (args.optimizer_type, self.groups, args.learning_rate, args.optimizer_args)
         self.reducer = GradientReducer(self.parameters, self.accelerator.num_processes)
-        if self.sharing.optimizer and can_be_shared(args.optimizer_type):
+        if self.sharding.optimizer and can_be_shared(args.optimizer_type):
             self.optimizer = build_shared_optimizer(*given, self.reducer, self.accelerator.process_index)
         else:
-            if self.sharing.optimizer:
+            if self.sharding.optimizer:
                 logger.warning(
                     "A step of %s may look at all weights at once: every process keeps its whole state.",
                     args.optimizer_type,
@@ -360,90 +355,74 @@ class NetworkTrainer(ModelFamily):
             if plan.validation
             else None
         )
-        flow = flow_settings(args)
-        self.validation_timesteps = validation_timesteps(flow)
+        self.validation_timesteps = validation_timesteps(flow_settings(args))
         self.validation_seed = plan.seed if args.validation_seed is None else args.validation_seed
-        self.step = DenoisingStep(
-            flow, loss_settings(args), self.predict, lambda: self.network.disable_adapters(), self.device
+
+    def make_step(self) -> TrainingStep[Any]:
+        """One optimizer step of the run."""
+        args, plan = self.args, self.plan
+        datasets = (*plan.index.training, *plan.index.validation)
+        any_preserved = any(preserves(subset) for dataset in datasets for subset in dataset.settings.subsets)
+        settings = StepSettings(
+            accumulation=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+            seed=plan.seed,
+            flow=flow_settings(args),
+            loss=loss_settings(args),
+            trains_conditioning=bool(self.trained_encoders),
+            base_on_all_ranks=self.sharded is not None and any_preserved,
+        )
+        return TrainingStep(
+            settings=settings,
+            accelerator=self.accelerator,
+            model=self,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            reducer=self.reducer,
+            scaler=self.scaler,
+            ema=self.ema,
+            post_step_hook=self._clip_norms if args.scale_weight_norms else None,
         )
 
     def run(self) -> Path:
         """Train from the start, or from where a state left off, to the end."""
         args, plan = self.args, self.plan
-        settings = LoopSettings(
-            accumulation=args.gradient_accumulation_steps,
-            max_steps=plan.length.max_steps,
-            max_grad_norm=args.max_grad_norm,
-            seed=plan.seed,
-            rank=self.accelerator.process_index,
-        )
-        parts = LoopParts(
-            losses=self.losses,
-            parameters=self.parameters,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            reducer=self.reducer,
-            device=self.device,
-            scaler=self.scaler,
-            ema=self.ema,
-            post_step_hook=self._clip_norms if args.scale_weight_norms else None,
-        )
+        self.step = self.make_step()
         with RunEvents(self, self.make_previewer()) as events:
-            loop = TrainingLoop(settings, parts, [events], events.should_stop)
+            loop = TrainingLoop(
+                self.step, args.gradient_accumulation_steps, plan.length.max_steps, [events], events.should_stop
+            )
             position = loop.run(events.begin(), self.loader.batches, plan.training.samples)
             return events.finish(position)
 
     # --- one micro-batch -------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, draws: StepGenerators) -> StepResult:
-        """The losses of a training micro-batch."""
-        batch = batch.to(self.device)
-        if batch.network_multiplier != self.network.multiplier:
-            self.network.set_multiplier(batch.network_multiplier)
-        return self.step(self.step_input(batch, draws, training=True), draws)
-
-    def validation_losses(self, batch: Batch, draws: StepGenerators, timestep: int) -> StepResult:
+    def validation_losses(self, batch: Batch, generators: StepGenerators, timestep: int) -> BatchLosses:
         """The losses of a validation micro-batch at one timestep."""
-        batch = batch.to(self.device)
-        self.network.set_multiplier(batch.network_multiplier)
-        return self.step(self.step_input(batch, draws, training=False), draws, timestep)
+        return self.step.losses(batch, generators, timestep)
 
-    def step_input(self, batch: Batch, draws: StepGenerators, training: bool) -> StepInput:
-        latents = self.latents_of(batch, draws)
-        base_conditioning = None
-        if batch.preserve is not None and self.trained_encoders:
-            with draws.fork(), torch.no_grad(), self.network.disable_adapters():
-                base_conditioning = self.conditioning(batch, draws, training)
-        return StepInput(
-            latents=latents,
-            conditioning=self.conditioning(batch, draws, training),
-            loss_weights=batch.loss_weights,
-            mask=batch.mask,
-            preserve=self.preserved(batch),
-            base_conditioning=base_conditioning,
-        )
+    def set_multiplier(self, multiplier: float) -> None:
+        if multiplier != self.network.multiplier:
+            self.network.set_multiplier(multiplier)
 
-    def preserved(self, batch: Batch) -> Tensor | None:
-        """Which samples keep what the base model says. Processes that share one denoiser all ask it, if any might have to."""
-        if batch.preserve is not None or self.sharded is None:
-            return batch.preserve
-        datasets = (*self.plan.index.training, *self.plan.index.validation)
-        wanted = any(preserves(subset) for dataset in datasets for subset in dataset.settings.subsets)
-        return torch.zeros(len(batch.paths), dtype=torch.bool, device=self.device) if wanted else None
+    def base_model(self) -> AbstractContextManager[None]:
+        """A context in which the adapters are off."""
+        return self.network.disable_adapters()
 
-    def latents_of(self, batch: Batch, draws: StepGenerators) -> Tensor:
+    def batch_latents(self, batch: Batch, generators: StepGenerators) -> Tensor:
         """Normalised latents [B, 16, h, w] float32: from the cache, or encoded now."""
         raw = batch.latents
         if raw is None:
             assert batch.images is not None
             height, width = batch.images.shape[-2] // VAE_SCALE_FACTOR, batch.images.shape[-1] // VAE_SCALE_FACTOR
             shape = (batch.images.shape[0], LATENT_CHANNELS, height, width)
-            raw = self.encode_images(batch.images, torch.randn(shape, generator=draws.device, device=self.device))
+            raw = self.encode_images(batch.images, torch.randn(shape, generator=generators.device, device=self.device))
         return self.normalise_latents(raw)
 
     def doing(self, what: str) -> AbstractContextManager[None]:
         """Inside it, a full memory is told with what was being done and what would make it fit."""
-        whole_copies = self.accelerator.num_processes > 1 and self.sharing.base is None
+        whole_copies = self.accelerator.num_processes > 1 and self.sharding.base is None
         return told_clearly(what, self.device, memory_advice(self.args, whole_copies))
 
     # --- inside ----------------------------------------------------------------------------------------------------

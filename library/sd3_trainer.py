@@ -125,10 +125,10 @@ class Sd3NetworkTrainer(NetworkTrainer):
             return encoding
         return encoding.merged(self.text_stage.encode_live(captions, self.live_encoders, self.trained_encoders))
 
-    def conditioning(self, batch: Batch, draws: StepGenerators, training: bool) -> Conditioning:
+    def conditioning(self, batch: Batch, generators: StepGenerators, training: bool) -> Conditioning:
         encoding = self.encoding_of(batch.captions, batch.text)
         if training:
-            encoding = apply_dropout(encoding, self.dropout, draws.cpu)
+            encoding = apply_dropout(encoding, self.dropout, generators.cpu)
         context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
         return context, pooled, self.position_embedding(batch.size, training)
 
@@ -164,11 +164,11 @@ class Sd3NetworkTrainer(NetworkTrainer):
         args = self.args
         mmap = not args.disable_mmap_load_safetensors
         # swapped blocks stay in host memory; what is shared out is not to be whole on any device
-        waits = bool(args.blocks_to_swap) or self.sharing.base is not None
+        waits = bool(args.blocks_to_swap) or self.sharding.base is not None
         first = self.device if args.lowram and not waits else torch.device("cpu")
         model = load_mmdit(self.plan.files.mmdit, first, self.precision.dtype, mmap)
         self.base_weights.merge([], model)
-        depth, shared_out = len(model.joint_blocks), self.sharing.base is not None
+        depth, shared_out = len(model.joint_blocks), self.sharding.base is not None
         settings = memory_settings(args, self.blocks_to_swap(depth), shared_out, len(self.image_sizes()) > 1)
         self.swapper = apply_memory_optimizations(model, settings, self.device)
         resolutions = [dataset.settings.resolution for dataset in self.plan.index.training]

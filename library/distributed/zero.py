@@ -109,7 +109,7 @@ def build_shared_optimizer(
         for members, group in zip(shares.members(), groups)
     ]
     bundle = build_optimizer(name, mine, learning_rate, optimizer_args)
-    bundle.optimizer.register_step_post_hook(lambda *_: reducer.hand_on(owners))
+    bundle.optimizer.register_step_post_hook(lambda *_: reducer.broadcast_parameters(owners))
     return SharedOptimizerBundle(
         bundle.optimizer, bundle.name_for_metadata, bundle.is_schedule_free, bundle.forced_schedule, shares
     )

@@ -131,7 +131,9 @@ class RunEvents:
             self.save_weights(self.names.step(position.step), position)
             self.save_state(self.names.state_step(position.step), position)
             raise
-        self.stopping, minutes_are_up = self.agreement.ask([self.signals.received is not None, self._minutes_are_up()])
+        self.stopping, minutes_are_up = self.agreement.any_rank(
+            [self.signals.received is not None, self._minutes_are_up()]
+        )
         if self.rhythm.step_is_due(position.step):
             self.save_at_step(position, args.save_state)
         elif minutes_are_up and position.step > self.last_saved_step + 1:

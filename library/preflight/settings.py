@@ -15,6 +15,7 @@ from library.caching.latents import LatentCacheSettings
 from library.caching.text import TextCacheSettings
 from library.data.command_line import CommandLineData
 from library.data.records import dataset_fingerprint
+from library.distributed.launch import AcceleratorSettings, ShardingOptions
 from library.flow.loss import LossSettings
 from library.flow.timesteps import FlowSettings
 from library.memory.apply import MemorySettings
@@ -33,6 +34,7 @@ from library.preflight.sd3_inspector import Sd3Settings
 from library.saving.hub import HubSettings
 from library.saving.resume import ResumeSettings
 from library.saving.text_encoders import encoders_to_save
+from library.training.precision import Precision
 from library.training.schedulers import SchedulerSettings
 
 LEFT_TO_THE_PLANNER = ("fp8_base", "fp8_base_unet", "t5xxl_device")  # --memory_plan chooses them
@@ -62,6 +64,31 @@ def flow_settings(args: argparse.Namespace) -> FlowSettings:
 
 def loss_settings(args: argparse.Namespace) -> LossSettings:
     return LossSettings(args.loss_type, args.huber_schedule, args.huber_c, args.huber_scale)
+
+
+def accelerator_settings(
+    args: argparse.Namespace, precision: Precision, trackers: tuple[str, ...], log_folder: Path | None
+) -> AcceleratorSettings:
+    return AcceleratorSettings(
+        mixed_precision=precision.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        trackers=trackers,
+        project_dir=log_folder,
+        timeout_minutes=args.ddp_timeout,
+    )
+
+
+def sharding_options(args: argparse.Namespace) -> ShardingOptions:
+    return ShardingOptions(
+        deepspeed=args.deepspeed,
+        zero_stage=args.zero_stage,
+        offload_param_device=args.offload_param_device,
+        blocks_to_swap=args.blocks_to_swap,
+        memory_plan=args.memory_plan,
+        torch_compile=args.torch_compile,
+        scale_weight_norms=args.scale_weight_norms,
+        network_module=args.network_module,
+    )
 
 
 def hub_settings(args: argparse.Namespace) -> HubSettings | None:

@@ -13,7 +13,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import load, peft_step, quantisation, step, swap
-from benchmarks.job import PRESETS, Shape, add_sizes, make_job, model_flops, random_model, sizes, training_options
+from benchmarks.job import (
+    PRESETS,
+    Shape,
+    add_sizes,
+    conditioning_of,
+    make_job,
+    model_flops,
+    random_model,
+    sizes,
+    training_options,
+)
 from library.common.errors import UserError
 from library.common.transformer import StepShape
 from library.sd3.mmdit import MMDiT
@@ -71,7 +81,7 @@ def test_random_weights_keep_activations_in_bounds():
     job = tiny_job("--mixed_precision", "bf16")
     assert job.model.dtype == torch.bfloat16
     with torch.no_grad():
-        velocity = job.model(job.batch.latents, torch.tensor([500.0]), *job.batch.conditioning)
+        velocity = job.model(job.batch.latents, torch.tensor([500.0]), *conditioning_of(job.batch))
     assert 0.05 < velocity.float().std() < 20
     assert not any(parameter.requires_grad for parameter in random_model(job.model.config, torch.float32).parameters())
 

@@ -13,15 +13,15 @@ from tests.warm_processes import run_ranks
 
 def test_a_single_process_acts_at_once() -> None:
     agreement = Agreement(1)
-    assert agreement.ask([True, False]) == [True, False]
-    assert agreement.ask([False, True]) == [False, True]
+    assert agreement.any_rank([True, False]) == [True, False]
+    assert agreement.any_rank([False, True]) == [False, True]
 
 
 def _work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     agreement = Agreement(2)
     noticed = {0: [(2, 0)], 1: [(4, 1)]}[rank]  # (step, which question): each process notices something else
-    found = [agreement.ask([(step, 0) in noticed, (step, 1) in noticed]) for step in range(7)]
+    found = [agreement.any_rank([(step, 0) in noticed, (step, 1) in noticed]) for step in range(7)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -47,7 +47,11 @@ def test_answers_travel_between_hosts_whatever_the_training_is_on(tmp_path: Path
     try:
         monkeypatch.setattr(dist, "all_reduce", noted)
         agreement = Agreement(2)
-        assert [agreement.ask([True]), agreement.ask([False]), agreement.ask([False])] == [[False], [True], [False]]
+        assert [agreement.any_rank([True]), agreement.any_rank([False]), agreement.any_rank([False])] == [
+            [False],
+            [True],
+            [False],
+        ]
     finally:
         dist.destroy_process_group()
     assert sent == [("cpu", "gloo")] * 3

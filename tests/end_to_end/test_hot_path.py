@@ -13,7 +13,7 @@ from benchmarks.job import Job, Shape, make_job, sizes, training_options
 from benchmarks.step import parser as step_parser
 from library.monitoring.async_scalars import LateValues
 from library.monitoring.metrics import RunMetrics
-from library.training.loop import TrainingLoop
+from library.training.step import TrainingStep
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, train
 from tests.reads import ReadCounter
@@ -125,14 +125,14 @@ def test_a_run_reads_its_numbers_late_and_nothing_else(
     """The real trainer, from a batch that is there to the numbers that are told. Telling them is the one read."""
     counter = ReadCounter()
     told: list[int] = []
-    optimizer_step, tell_step, tell_first = TrainingLoop.optimizer_step, RunMetrics.step, LateValues._tell_first
+    train_step, tell_step, tell_first = TrainingStep.__call__, RunMetrics.step, LateValues._tell_first
 
-    def watched_step(self: TrainingLoop, position: Any, batches: Any, total: int) -> Any:
-        if position.step == 0:  # encoders are loaded when they are first asked
-            return optimizer_step(self, position, batches, total)
+    def watched_step(self: TrainingStep[Any], progress: Any, batches: Any, samples: Any) -> Any:
+        if progress.step == 0:  # encoders are loaded when they are first asked
+            return train_step(self, progress, batches, samples)
         ready = list(batches)  # made by other processes, on the CPU
         with counter.watching(monkeypatch):
-            return optimizer_step(self, position, iter(ready), total)
+            return train_step(self, progress, iter(ready), samples)
 
     def watched_metrics(self: RunMetrics, report: Any) -> None:
         with counter.watching(monkeypatch):
@@ -143,7 +143,7 @@ def test_a_run_reads_its_numbers_late_and_nothing_else(
         with counter.pause():
             tell_first(self)
 
-    monkeypatch.setattr(TrainingLoop, "optimizer_step", watched_step)
+    monkeypatch.setattr(TrainingStep, "__call__", watched_step)
     monkeypatch.setattr(RunMetrics, "step", watched_metrics)
     monkeypatch.setattr(LateValues, "_tell_first", late)
     train(workshop, tmp_path, *words, "--no_report", max_train_steps=3)

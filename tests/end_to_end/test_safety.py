@@ -21,7 +21,7 @@ from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.monitoring.metrics import RunMetrics
 from library.saving.state import newest_state
-from library.training.step import DenoisingStep
+from library.training.step import TrainingStep
 from sd3_train_network import main
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.test_resume import same, start, wait_for, weights
@@ -34,15 +34,15 @@ def bad_steps(monkeypatch: pytest.MonkeyPatch):
     """Let chosen calls of the training step give losses that are not finite."""
     chosen: set[int] = set()
     calls = iter(range(1, 1000))
-    plain = DenoisingStep.__call__
+    losses_of = TrainingStep.losses
 
-    def call(self, given, draws, timestep=None):
-        result = plain(self, given, draws, timestep)
+    def losses(self, batch, generators, timestep=None):
+        result = losses_of(self, batch, generators, timestep)
         if next(calls) in chosen:
             result = type(result)(result.losses * float("nan"), result.timesteps)
         return result
 
-    monkeypatch.setattr(DenoisingStep, "__call__", call)
+    monkeypatch.setattr(TrainingStep, "losses", losses)
     return chosen
 
 

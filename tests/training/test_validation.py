@@ -1,4 +1,4 @@
-"""Validation: the same draws every time, so that its numbers can be compared."""
+"""Validation: the same generators every time, so that its numbers can be compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.common.seeds import StepGenerators
-from library.training.step import StepResult
+from library.training.step import BatchLosses
 from library.training.validation import validate
 
 CPU = torch.device("cpu")
@@ -28,12 +28,12 @@ class Losses:
     weight: float = 0.0
     seen: list[tuple[int, float]] = field(default_factory=list)
 
-    def __call__(self, batch: Held, draws: StepGenerators, timestep: int) -> StepResult:
-        noise = torch.rand(len(batch.loss_weights), generator=draws.device)
+    def __call__(self, batch: Held, generators: StepGenerators, timestep: int) -> BatchLosses:
+        noise = torch.rand(len(batch.loss_weights), generator=generators.device)
         random.random()
         torch.rand(1)
         self.seen.append((timestep, noise[0].item()))
-        return StepResult(self.weight + noise + timestep / 1000, torch.full((len(noise),), float(timestep)))
+        return BatchLosses(self.weight + noise + timestep / 1000, torch.full((len(noise),), float(timestep)))
 
 
 BATCHES = [Held(torch.ones(2)), Held(torch.ones(3)), Held(torch.tensor([1.0, 0.0]))]
@@ -59,7 +59,7 @@ def test_the_same_weights_give_the_same_number_at_any_step() -> None:
     assert torch.equal(before, run(second)) and first.seen == second.seen
 
 
-def test_a_change_of_the_weights_shows_undisturbed_by_noise() -> None:
+def test_a_change_of_the_weights_shows_through_the_noise() -> None:
     before, after = run(Losses(0.0)), run(Losses(0.25))
     assert (after[0] / after[1] - before[0] / before[1]).item() == pytest.approx(0.25, abs=1e-6)
 
@@ -92,10 +92,10 @@ def test_training_does_not_notice_validation() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
     modes: list[bool] = []
 
-    def losses(batch: Held, draws: StepGenerators, timestep: int) -> StepResult:
+    def losses(batch: Held, generators: StepGenerators, timestep: int) -> BatchLosses:
         modes.append(model.training)
         assert not torch.is_grad_enabled()
-        return Losses()(batch, draws, timestep)
+        return Losses()(batch, generators, timestep)
 
     random.seed(5)
     torch.manual_seed(5)
