@@ -9,7 +9,7 @@ from pathlib import Path
 from library.common.errors import UserError
 from library.data.prompts import PreviewPrompt, read_prompts
 from library.flow.samplers import SAMPLERS
-from library.options.groups.monitoring import SAMPLERS as KNOWN_SAMPLERS
+from library.options.table import BY_NAME
 from tools.lora_files import DTYPES, tool_parser
 
 SIDE_MULTIPLE = 16
@@ -74,7 +74,7 @@ def prompts_from(chosen: argparse.Namespace) -> list[PreviewPrompt]:
     if chosen.images < 1:
         raise UserError(f"--images must be 1 or more, not {chosen.images}.")
     if chosen.from_file is not None:
-        prompts = read_prompts(chosen.from_file, SAMPLERS, KNOWN_SAMPLERS)
+        prompts = read_prompts(chosen.from_file, SAMPLERS, BY_NAME["sample_sampler"].choices or ())
     else:
         problems = []
         for name in ("width", "height"):

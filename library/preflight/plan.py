@@ -26,7 +26,7 @@ from library.data.table import table
 from library.flow.loss import LossSettings, check_loss
 from library.flow.samplers import SAMPLERS
 from library.flow.timesteps import FlowSettings, check_flow
-from library.options.groups.monitoring import SAMPLERS as KNOWN_SAMPLERS
+from library.options.table import BY_NAME
 from library.preflight.dataset import DataSettings, data_problems, index_data
 from library.preflight.disk_space import (
     OptimizerSettings,
@@ -188,7 +188,7 @@ def run_seed(seed: int | None, state: SavedState | None) -> int:
 
 def preview_prompts(path: str | None) -> list[PreviewPrompt]:
     """The prompts of --sample_prompts. UserError lists what is wrong with the file."""
-    return read_prompts(path, SAMPLERS, KNOWN_SAMPLERS) if path else []
+    return read_prompts(path, SAMPLERS, BY_NAME["sample_sampler"].choices or ()) if path else []
 
 
 def trained_rates(settings: PlanSettings, inspector: ModelInspector[Files]) -> LearningRates:

@@ -14,11 +14,11 @@ from library.common.errors import UserError
 from library.data.prompts import PreviewPrompt
 from library.data.prompts import read_prompts as read_prompts_with
 from library.flow.samplers import SAMPLERS
-from library.options.groups.sampling import SAMPLERS as KNOWN_SAMPLERS
+from library.options.table import BY_NAME
 
 
 def read_prompts(path: Path) -> list[PreviewPrompt]:
-    return read_prompts_with(path, SAMPLERS, KNOWN_SAMPLERS)
+    return read_prompts_with(path, SAMPLERS, BY_NAME["sample_sampler"].choices or ())
 
 
 def prompts_of(folder: Path, text: str, ending: str = ".txt") -> list[PreviewPrompt]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from library.options.option import Group, Option, finite, path
 
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
-
 DATASET = Group(
     "Dataset",
     "データセット",
@@ -105,7 +103,7 @@ DATASET = Group(
             "--resize_interpolation",
             "How images are resized. Unset, area is used for smaller and lanczos for larger.",
             "リサイズの補間方法。未指定なら縮小はarea、拡大はlanczosです。",
-            choices=INTERPOLATIONS,
+            choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"),
             default_of="resize_interpolation",
         ),
         Option(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from library.options.option import Group, Option, finite
 
-WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
-
 LOSS = Group(
     "Timesteps and loss",
     "タイムステップと損失",
@@ -16,7 +14,7 @@ LOSS = Group(
             "タイムステップの選び方と損失の重み。sigma_sqrtは速度(velocity)の損失そのもの、uniform、logit_normal、modeは元画像に対する損失です。",
             str,
             "uniform",
-            choices=WEIGHTING_SCHEMES,
+            choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"),
             in_metadata=True,
         ),
         Option(

@@ -4,22 +4,6 @@ from __future__ import annotations
 
 from library.options.option import Group, Option, finite, int_or_auto
 
-DYNAMO_BACKENDS = (
-    "eager",
-    "aot_eager",
-    "inductor",
-    "aot_ts_nvfuser",
-    "nvprims_nvfuser",
-    "cudagraphs",
-    "ofi",
-    "fx2trt",
-    "onnxrt",
-    "tensort",
-    "ipex",
-    "tvm",
-)
-T5_DTYPES = ("float32", "fp32", "float16", "fp16", "bfloat16", "bf16", "fp8", "int8", "nf4")
-
 MEMORY = Group(
     "Memory and speed",
     "メモリと速度",
@@ -133,7 +117,7 @@ MEMORY = Group(
             "--t5xxl_dtype",
             "The number format of T5's weights. Unset, it is that of --mixed_precision.",
             "T5の重みの数値形式。未指定なら`--mixed_precision`と同じです。",
-            choices=T5_DTYPES,
+            choices=("float32", "fp32", "float16", "fp16", "bfloat16", "bf16", "fp8", "int8", "nf4"),
         ),
         Option(
             "--torch_compile",
@@ -149,7 +133,20 @@ MEMORY = Group(
             "`--torch_compile`のバックエンド。",
             str,
             "inductor",
-            choices=DYNAMO_BACKENDS,
+            choices=(
+                "eager",
+                "aot_eager",
+                "inductor",
+                "aot_ts_nvfuser",
+                "nvprims_nvfuser",
+                "cudagraphs",
+                "ofi",
+                "fx2trt",
+                "onnxrt",
+                "tensort",
+                "ipex",
+                "tvm",
+            ),
             useless_without=("torch_compile",),
             resume_safe=True,
         ),

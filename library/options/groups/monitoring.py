@@ -4,24 +4,6 @@ from __future__ import annotations
 
 from library.options.option import Group, Option, path
 
-SAMPLERS = (
-    "ddim",
-    "pndm",
-    "lms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpm_2",
-    "dpm_2_a",
-    "dpmsolver",
-    "dpmsolver++",
-    "dpmsingle",
-    "k_lms",
-    "k_euler",
-    "k_euler_a",
-    "k_dpm_2",
-    "k_dpm_2_a",
-)
 WORKING_SAMPLERS = ("euler", "k_euler", "heun", "dpmsolver++")
 
 PREVIEWS = Group(
@@ -68,7 +50,24 @@ PREVIEWS = Group(
             "プレビューのサンプラー。euler(k_euler)、heun、dpmsolver++。他の名前は旧モデル用で、eulerが使われます。",
             str,
             "ddim",
-            choices=SAMPLERS,
+            choices=(
+                "ddim",
+                "pndm",
+                "lms",
+                "euler",
+                "euler_a",
+                "heun",
+                "dpm_2",
+                "dpm_2_a",
+                "dpmsolver",
+                "dpmsolver++",
+                "dpmsingle",
+                "k_lms",
+                "k_euler",
+                "k_euler_a",
+                "k_dpm_2",
+                "k_dpm_2_a",
+            ),
             resume_safe=True,
         ),
     ),
