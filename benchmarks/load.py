@@ -28,11 +28,11 @@ from benchmarks.job import add_sizes, random_model, sizes
 from benchmarks.measuring import Program, Row, add_face, compare, machine, tell, theirs
 from benchmarks.watching import own_peak_bytes, restart_high_water
 from library.common.files import save_safetensors
+from library.common.tensor_io import Part
 from library.sd3.checkpoint import locate_parts
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import load_mmdit, shapes_of
-from library.sd3.parts import Part
 
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PREFIX = "model.diffusion_model."

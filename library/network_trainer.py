@@ -232,7 +232,7 @@ class NetworkTrainer(ModelFamily):
         size = args.text_encoder_batch_size or 1
 
         def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
-            return self.text_stage.encode_ahead(
+            return self.text_stage.precompute(
                 texts, roles.ahead, size, lambda batches: self._progress(batches, "Encoding captions")
             )
 
@@ -246,7 +246,7 @@ class NetworkTrainer(ModelFamily):
             self.validation_texts = fill_texts(validation, encode, self.accelerator)
             self.prompt_rows = {text: self.texts.of_text(text) for text in prompts}
         else:
-            rows = self.text_stage.encode_ahead(prompts, roles.untrained, size) if prompts else []
+            rows = self.text_stage.precompute(prompts, roles.untrained, size) if prompts else []
             self.prompt_rows = dict(zip(prompts, rows))
 
     def cache_latents(self) -> None:

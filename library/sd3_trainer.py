@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.common.errors import UserError
 from library.common.seeds import StepGenerators
+from library.common.tensor_io import fingerprint
 from library.data.loader import Batch
 from library.data.prompts import PreviewPrompt
 from library.data.settings import Size
@@ -32,7 +33,6 @@ from library.preflight.sd3_inspector import Sd3Inspector
 from library.preflight.settings import memory_settings, network_settings, sd3_settings
 from library.saving.metadata import FamilyFacts
 from library.saving.text_encoders import encoders_to_save, write_encoders
-from library.sd3.checkpoint import fingerprint
 from library.sd3.conditioning import (
     ContextSizes,
     DropoutRates,
@@ -46,9 +46,15 @@ from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import load_mmdit, load_vae, shapes_of
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
+from library.sd3.text_encoder_manager import (
+    ENCODERS,
+    EncoderPlacement,
+    TextEncoderManager,
+    WeightChange,
+    parse_t5_dtype,
+)
 from library.sd3.text_encoder_sizes import sizes_of
 from library.sd3.text_encoders import checkpoint_layers
-from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
 from library.sd3.tokenizers import load_tokenizers, vocabulary_problems
 from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block
@@ -72,7 +78,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
 
     # --- text ------------------------------------------------------------------------------------------------------
 
-    def make_text_stage(self) -> TextStage:
+    def make_text_stage(self) -> TextEncoderManager:
         args, files = self.args, self.plan.files
         for note in missing_encoder_notes(files):
             logger.warning(note)
@@ -99,9 +105,9 @@ class Sd3NetworkTrainer(NetworkTrainer):
             raise UserError(foreign)
         self.context_sizes = ContextSizes.from_files(files, args.t5xxl_max_token_length)
         self.dropout = DropoutRates(args.clip_l_dropout_rate, args.clip_g_dropout_rate, args.t5_dropout_rate)
-        return TextStage(files, tokenizers, settings, placement)
+        return TextEncoderManager(files, tokenizers, settings, placement)
 
-    def _encoder_changes(self, present: Sequence[str]) -> dict[str, Change]:
+    def _encoder_changes(self, present: Sequence[str]) -> dict[str, WeightChange]:
         """What --base_weights do to each encoder that there is."""
         base, changes = self.base_weights, {}
         for place, (name, part) in enumerate(zip(ENCODERS, TEXT_ENCODER_PREFIXES)):
@@ -112,7 +118,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
                 def apply(model: nn.Module, place: int = place) -> None:
                     base.merge([model if index == place else None for index in range(len(ENCODERS))], None)
 
-                changes[name] = Change(apply, base.fingerprint(part))
+                changes[name] = WeightChange(apply, base.fingerprint(part))
         return changes
 
     def checkpoint_encoder(self, encoder: nn.Module) -> None:
@@ -123,7 +129,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         encoding = TextEncoding.from_dict(cached) if cached else TextEncoding()
         if not self.live_encoders:
             return encoding
-        return encoding.merged(self.text_stage.encode_live(captions, self.live_encoders, self.trained_encoders))
+        return encoding.merged(self.text_stage.encode(captions, self.live_encoders, self.trained_encoders))
 
     def conditioning(self, batch: Batch, generators: StepGenerators, training: bool) -> Conditioning:
         encoding = self.encoding_of(batch.captions, batch.text)
@@ -242,7 +248,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         """A prompt's text as the denoiser wants it: trained encoders speak for themselves, the others did so before."""
         encoding = TextEncoding.stack([self.prompt_rows[text]])
         if self.trained_encoders:
-            encoding = encoding.merged(self.text_stage.encode_live([text], self.trained_encoders))
+            encoding = encoding.merged(self.text_stage.encode([text], self.trained_encoders))
         context, pooled = to_context(encoding, self.context_sizes, self.device, self.precision.dtype)
         return context, pooled, self.position_embedding((prompt.width, prompt.height), training=False)
 

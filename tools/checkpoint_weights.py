@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from library.common.errors import UserError
+from library.common.safetensors_header import TensorInfo
 from library.common.tensor_io import TORCH_DTYPES
-from library.sd3.checkpoint import ModelFiles, TensorInfo
+from library.sd3.checkpoint import ModelFiles
 from networks.diffusers_names import diffusers_paths
 from networks.network_layer import BaseLayer
 

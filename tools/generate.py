@@ -39,7 +39,13 @@ from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import load_mmdit, load_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH
-from library.sd3.text_stage import ENCODERS, Change, EncoderPlacement, TextStage, parse_t5_dtype
+from library.sd3.text_encoder_manager import (
+    ENCODERS,
+    EncoderPlacement,
+    TextEncoderManager,
+    WeightChange,
+    parse_t5_dtype,
+)
 from library.sd3.tokenizers import load_tokenizers
 from library.sd3.vae import denormalise
 from networks.lora_file import LoraFile, read_lora
@@ -171,16 +177,16 @@ def encode_texts(
         quantize=partial(quantize, within=lambda path: True),
         change={name: _encoder_change(place, loras) for place, name in enumerate(ENCODERS)} if loras else {},
     )
-    stage = TextStage(files, load_tokenizers(tokenizer_cache, files.mmdit.path, present), settings, placement)
+    stage = TextEncoderManager(files, load_tokenizers(tokenizer_cache, files.mmdit.path, present), settings, placement)
     texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
-    return dict(zip(texts, stage.encode_ahead(texts, present, batch_size=1)))
+    return dict(zip(texts, stage.precompute(texts, present, batch_size=1)))
 
 
-def _encoder_change(place: int, loras: Sequence[tuple[LoraFile, float]]) -> Change:
+def _encoder_change(place: int, loras: Sequence[tuple[LoraFile, float]]) -> WeightChange:
     def apply(model: nn.Module) -> None:
         merge_loras(loras, [model if index == place else None for index in range(len(ENCODERS))], None)
 
-    return Change(apply, "")
+    return WeightChange(apply, "")
 
 
 def load_denoiser(files: ModelFiles, loras: Sequence[tuple[LoraFile, float]], machine: Machine) -> MMDiT:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from library.common.errors import Problems, UserError
 from library.common.progress import progress_bar
-from library.sd3.checkpoint import locate_parts, read_header
+from library.common.safetensors_header import read_header
+from library.sd3.checkpoint import locate_parts
 from networks.diffusers_layout import scaled
 from networks.lora_file import LoraFile, read_lora
 from networks.merging import check_change, merged_weight

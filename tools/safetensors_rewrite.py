@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from library.common.files import atomic_write
+from library.common.safetensors_header import read_header
 from library.common.tensor_io import DTYPE_NAMES
-from library.sd3.checkpoint import read_header
 
 CHUNK = 16 << 20  # bytes
 

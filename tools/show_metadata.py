@@ -22,8 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, Python looks into tools/ alone
 
 from library.common.errors import UserError
-from library.common.safetensors_header import Header
-from library.sd3.checkpoint import read_header
+from library.common.safetensors_header import Header, read_header
 from tools.lora_files import check_target, run_tool, tool_parser
 from tools.safetensors_rewrite import rewrite
 

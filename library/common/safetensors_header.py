@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from library.common.errors import UserError
-from library.sd3.file_kinds import kind_by_first_bytes
+from library.common.file_kinds import kind_by_first_bytes
 
 MAX_HEADER_BYTES = 32 * 1024 * 1024  # real headers are below 1 MiB; a parsed one takes some twenty times its bytes
 MAX_DIMENSIONS = 64  # torch's own limit

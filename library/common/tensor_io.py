@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.safetensors_header import Header, TensorInfo, read_header
-from library.sd3.parts import Part
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -24,6 +24,23 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 SAMPLE_BYTES = 256
 Read = Callable[[str, TensorInfo | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model's share of a file."""
+
+    name: str  # of the model, such as "vae"
+    path: Path
+    prefix: str  # what stands before every key in the file; may be empty
+    tensors: dict[str, TensorInfo]  # by key without the prefix; scales of float8 weights are not among them
+    scales: dict[str, str] = field(default_factory=dict)  # key of a scaled float8 weight -> its scale's full name
+    elsewhere: dict[str, str] = field(default_factory=dict)  # key -> full name, where that is not prefix + key
+    pickled: bool = False  # a PyTorch .pt/.ckpt/.bin file instead of safetensors
+
+    def stored_name(self, key: str) -> str:
+        """The name in the file of the tensor `key`."""
+        return self.elsewhere.get(key, self.prefix + key)
 
 
 def load_tensors(

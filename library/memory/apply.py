@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor
 
-from library.common.transformer import BlockRunner, TransformerBlock, TransformerModel, call_block
+from library.common.transformer import BlockRunner, TransformerModel, call_block
 from library.memory.block_swap import BlockSwapper, evenly_spaced, move_resident
 from library.memory.checkpointing import ActivationOffloader, CheckpointSettings, checkpointed
+from library.memory.compilation import compiled
 from library.memory.quantization import quantize_blocks
 from library.memory.recompute import recompute_pointwise
-
-MAX_GRAPHS = 256  # of all kinds and shapes
-
-Backend = str | Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., object]]
-"""A backend of torch.compile: its name, or a function that takes a graph and example inputs."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +61,3 @@ def apply_memory_optimizations(
         run = swapper.runner(run)
     model.run_block = run
     return swapper
-
-
-def compiled(backend: Backend, dynamic: bool) -> BlockRunner:
-    """A block runner that compiles the block, once for all blocks of one kind (layers, LoRA, gradients needed or not).
-
-    dynamic: once for all shapes too, else once for each. It is one or the other, never a fixed shape first: with two graphs that
-    fit a shape, activation checkpointing could compute again by another one than it had computed by.
-    """
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, MAX_GRAPHS)  # beyond it torch runs uncompiled without a word
-
-    @torch.compile(backend=backend, dynamic=dynamic)
-    def forward(block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return block(*inputs)
-
-    def compiled_run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return cast("tuple[Tensor, ...]", forward(block, *inputs))
-
-    return compiled_run

@@ -171,6 +171,29 @@ class Nf4Linear(QuantizedLinear):
 KINDS: dict[str, type[QuantizedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
 
 
+# On the meta device: the sizes of the real layers, without the kernels that need real weights.
+
+
+class MetaInt8Linear(Int8Linear):
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(weight, dtype=torch.int8), torch.empty(weight.shape[0], 1, device=weight.device)
+
+
+class MetaNf4Linear(QuantizedLinear):
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
+        return packed, torch.empty(-(-weight.numel() // NF4_BLOCK), device=weight.device)
+
+    @staticmethod
+    def dequantize(weight: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+
+
+META_KINDS: dict[str, type[QuantizedLinear]] = {"fp8": Fp8Linear, "int8": MetaInt8Linear, "nf4": MetaNf4Linear}
+
+
 def quantize(
     model: nn.Module,
     kind: str,

@@ -9,23 +9,22 @@ from functools import partial
 import torch
 from torch import nn
 
+from library.common.tensor_io import Part
 from library.data.settings import Size
-from library.memory.compile_backend import backend_problems
-from library.memory.meta_linear import META_KINDS
-from library.memory.quantization import fp8_matmul_problems, replace_linears
+from library.memory.compilation import backend_problems
+from library.memory.quantization import META_KINDS, fp8_matmul_problems, replace_linears
 from library.preflight.inspector import EncoderPart, MemoryParts, ModelInspector, VaePart
 from library.preflight.network import NetworkSettings
-from library.sd3.checkpoint import ModelFiles, Part, locate_parts
+from library.sd3.checkpoint import ModelFiles, locate_parts
 from library.sd3.conditioning import CLIP_TOKENS, ContextSizes
-from library.sd3.encoder_outline import encoder_outline
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.models import empty_mmdit, empty_vae, mmdit_problems, shapes_of, vae_problems
 from library.sd3.pos_embed import LATENT_AND_PATCH
 from library.sd3.step_inputs import block_flops, block_of, meta_inputs, stream_tokens
+from library.sd3.text_encoder_manager import ENCODERS, parse_t5_dtype
 from library.sd3.text_encoder_sizes import check_text_encoder
-from library.sd3.text_encoders import checkpoint_layers, empty_encoder
-from library.sd3.text_stage import ENCODERS, parse_t5_dtype
+from library.sd3.text_encoders import checkpoint_layers, empty_encoder, meta_text_encoder
 from library.sd3.tokenizers import tokenizer_problems
 from networks import lora_sd3
 from networks.lora_file import check_lora_file
@@ -139,7 +138,7 @@ class Sd3Inspector(ModelInspector[ModelFiles]):
     def meta_models(self, files: ModelFiles, rates: LearningRates) -> tuple[list[nn.Module | None], nn.Module | None]:
         parts = zip(files.encoders().values(), rates.trained_text_encoders)
         # LyCORIS chooses layers by the classes of transformers, which take seconds to load
-        make = encoder_outline if network_module(self.network.module) is lora_sd3 else empty_encoder
+        make = meta_text_encoder if network_module(self.network.module) is lora_sd3 else empty_encoder
         encoders = [make(part) if part is not None and trained else None for part, trained in parts]
         return encoders, empty_mmdit(files.mmdit) if rates.unet > 0 else None
 

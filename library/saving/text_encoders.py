@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from library.common.files import save_safetensors
-from library.sd3.checkpoint import ModelFiles, Part, load_tensors
+from library.common.tensor_io import Part, load_tensors
+from library.sd3.checkpoint import ModelFiles
 from library.sd3.text_encoder_sizes import source_keys
 from networks.merging import merged_weight
 

@@ -11,24 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.common.errors import Problems, UserError
-from library.common.safetensors_header import Header, TensorInfo, parse_header, read_header
-from library.common.tensor_io import fingerprint, load_tensors, read_pickled_header
+from library.common.safetensors_header import Header, read_header
+from library.common.tensor_io import Part, read_pickled_header
 from library.sd3.checkpoint_checks import TITLES, core_problems, fit_problems, shapes_of, shard_hint
 from library.sd3.file_kinds import kind_by_keys
-from library.sd3.parts import Part, make_part
+from library.sd3.parts import make_part
 from library.sd3.text_encoder_sizes import check_text_encoder
-
-__all__ = [
-    "Header",
-    "ModelFiles",
-    "Part",
-    "TensorInfo",
-    "fingerprint",
-    "load_tensors",
-    "locate_parts",
-    "parse_header",
-    "read_header",
-]
 
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 # The tensor by which a part is known; what stands before it is the part's prefix.

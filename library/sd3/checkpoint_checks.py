@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from library.common.safetensors_header import TensorInfo
-from library.common.tensor_io import TORCH_DTYPES
+from library.common.tensor_io import TORCH_DTYPES, Part
 from library.sd3.file_kinds import kind_by_keys
-from library.sd3.parts import Part
 
 LATENT_CHANNELS = 16
 TITLES = {
@@ -47,6 +46,13 @@ CORE = {
 
 def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
     return {key: info.shape for key, info in tensors.items()}
+
+
+def count_layers(pattern: str, keys: Iterable[str]) -> int:
+    """Number of different layer numbers in the group of `pattern`. Each is counted once, so that no key can claim a billion
+    layers; where numbers are left out, tensors of the counted layers are missing, which is reported."""
+    compiled = re.compile(pattern, re.ASCII)
+    return len({match[1] for key in keys if (match := compiled.match(key))})
 
 
 def shard_hint(path: Path) -> str:
@@ -90,11 +96,11 @@ def fit_problems(parts: Mapping[str, Part]) -> list[str]:
         problems.append(f"{t5.path}: this T5 is {text_width(t5)} wide, the model takes {context}.")
     clips = [parts[name] for name in ("clip_l", "clip_g") if name in parts]
     widths, pooled = [text_width(part) for part in clips], [pooled_width(part) for part in clips]
-    wanted = shapes["y_embedder.mlp.0.weight"][1]
-    if sum(widths) > context or sum(pooled) > wanted or (len(clips) == 2 and sum(pooled) != wanted):
+    pooled_size = shapes["y_embedder.mlp.0.weight"][1]
+    if sum(widths) > context or sum(pooled) > pooled_size or (len(clips) == 2 and sum(pooled) != pooled_size):
         problems.append(
             f"The CLIP text encoders ({' and '.join(str(part.path) for part in clips)}) give {' + '.join(map(str, pooled))}"
-            f" pooled channels; the model in {mmdit.path} takes {wanted}."
+            f" pooled channels; the model in {mmdit.path} takes {pooled_size}."
         )
     return problems
 

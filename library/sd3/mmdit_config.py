@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from library.sd3.key_numbers import count_numbers
+from library.sd3.checkpoint_checks import count_layers
 
 HEAD_SIZE = 64
 PATCH_SIZE = 2
@@ -43,7 +43,7 @@ class MMDiTConfig:
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> MMDiTConfig:
         """Read the sizes from tensor shapes keyed by name (without `model.diffusion_model.`). KeyError where one is absent."""
         hidden_size, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
-        depth = count_numbers(r"joint_blocks\.(\d+)\.", shapes)
+        depth = count_layers(r"joint_blocks\.(\d+)\.", shapes)
         dual = [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes]
         return cls(
             depth=depth,

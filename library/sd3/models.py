@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.common.errors import UserError
-from library.sd3.checkpoint import Part, load_tensors
+from library.common.tensor_io import Part, load_tensors
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.vae import Vae, VaeConfig

@@ -1,33 +1,16 @@
-"""A part of a checkpoint: which file, which tensors, under which names. No tensor data is read here."""
+"""The parts of an SD3 checkpoint by the names of their tensors. No tensor data is read here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.common.safetensors_header import Header, TensorInfo
+from library.common.tensor_io import Part
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of a float8 weight; the second is ComfyUI's newer name
-SCALE_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")  # for float8 products; weights need none of them
+SCALE_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")  # for float8 matmuls; weights need none of them
 SCALED_MARKER = "scaled_fp8"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One model's share of a file."""
-
-    name: str  # "mmdit", "clip_l", "clip_g", "t5xxl" or "vae"
-    path: Path
-    prefix: str  # what stands before every key in the file; may be empty
-    tensors: dict[str, TensorInfo]  # by key without the prefix; scales of float8 weights are not among them
-    scales: dict[str, str] = field(default_factory=dict)  # key of a scaled float8 weight -> its scale's full name
-    elsewhere: dict[str, str] = field(default_factory=dict)  # key -> full name, where that is not prefix + key
-    pickled: bool = False  # a PyTorch .pt/.ckpt/.bin file instead of safetensors
-
-    def stored_name(self, key: str) -> str:
-        """The name in the file of the tensor `key`."""
-        return self.elsewhere.get(key, self.prefix + key)
 
 
 def make_part(

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from library.sd3.checkpoint_checks import core_problems, shapes_of, shard_hint
-from library.sd3.key_numbers import count_numbers
-from library.sd3.parts import Part
+from library.common.tensor_io import Part
+from library.sd3.checkpoint_checks import core_problems, count_layers, shapes_of, shard_hint
 
 CLIP_TOKENS = 77
 HEAD_SIZE = 64  # of every attention head in CLIP-L, CLIP-G and T5-XXL
@@ -54,7 +53,7 @@ class ClipSizes:
             positions=shapes["text_model.embeddings.position_embedding.weight"][0],
             width=width,
             mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-            layers=count_numbers(r"text_model\.encoder\.layers\.(\d+)\.", shapes),
+            layers=count_layers(r"text_model\.encoder\.layers\.(\d+)\.", shapes),
             projection=projection,
             has_projection="text_projection.weight" in shapes or "text_projection" in shapes,
         )
@@ -101,7 +100,7 @@ class T5Sizes:
             width=shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][1],
             mlp_width=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
             heads=heads,
-            layers=count_numbers(r"encoder\.block\.(\d+)\.", shapes),
+            layers=count_layers(r"encoder\.block\.(\d+)\.", shapes),
             buckets=buckets,
         )
 

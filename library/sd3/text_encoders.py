@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.common.errors import UserError
-from library.common.tensor_io import load_tensors
-from library.sd3.parts import Part
+from library.common.tensor_io import Part, load_tensors
 from library.sd3.text_encoder_sizes import ClipSizes, T5Sizes, check_text_encoder, sizes_of, source_keys
 
 if TYPE_CHECKING:
@@ -71,10 +70,31 @@ def load_t5(
 
 
 def empty_encoder(part: Part) -> nn.Module:
-    """The text encoder of a part on the meta device: its shapes, for reckoning with."""
+    """The text encoder of a part on the meta device: its shapes, for estimates."""
     sizes = sizes_of(part)
     model: nn.Module = _empty_clip(sizes, ACTIVATIONS[part.name]) if isinstance(sizes, ClipSizes) else _empty_t5(sizes)
     return model.requires_grad_(False).eval().to("meta")
+
+
+def meta_text_encoder(part: Part) -> nn.Module:
+    """Every matrix of the encoder as an nn.Linear on the meta device, under the path that it has in transformers' model.
+
+    Quick to make: neither weights nor transformers are loaded.
+    """
+    root, shapes = nn.Module(), sizes_of(part).tensors
+    for key, shape in shapes.items():
+        path, _, kind = key.rpartition(".")
+        if kind != "weight" or len(shape) != 2:
+            continue
+        *above, name = path.split(".")
+        parent = root
+        for step in above:
+            if step not in dict(parent.named_children()):
+                parent.add_module(step, nn.Module())
+            parent = parent.get_submodule(step)
+        rows, columns = shape
+        parent.add_module(name, nn.Linear(columns, rows, bias=f"{path}.bias" in shapes, device=torch.device("meta")))
+    return root
 
 
 def quantize_t5(model: nn.Module, quantize: Quantize) -> None:

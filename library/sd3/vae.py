@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.sd3.key_numbers import count_numbers
+from library.sd3.checkpoint_checks import count_layers
 
 LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609
@@ -46,7 +46,7 @@ class VaeConfig:
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VaeConfig:
         """Read the sizes from tensor shapes keyed by name (without `first_stage_model.`). KeyError where one is absent; a level that is absent is 0 wide."""
         base = shapes["encoder.conv_in.weight"][0]
-        levels = count_numbers(r"encoder\.down\.(\d+)\.", shapes)
+        levels = count_layers(r"encoder\.down\.(\d+)\.", shapes)
         widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight", (0,))[0] for level in range(levels)]
         return cls(
             base_channels=base,

@@ -21,8 +21,8 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch):
         raise AssertionError("a model was loaded")
 
     for target in (
-        "library.sd3.text_stage.load_clip",
-        "library.sd3.text_stage.load_t5",
+        "library.sd3.text_encoder_manager.load_clip",
+        "library.sd3.text_encoder_manager.load_t5",
         "library.sd3_trainer.load_mmdit",
     ):
         monkeypatch.setattr(target, loaded)

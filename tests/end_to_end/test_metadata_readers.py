@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from library.sd3.checkpoint import load_tensors, locate_parts
+from library.common.tensor_io import load_tensors
+from library.sd3.checkpoint import locate_parts
 from sd3_train_network import main
 from tests.end_to_end.conftest import ROOT, Workshop
 

@@ -281,9 +281,9 @@ def test_of_several_processes_the_first_has_the_log_and_the_others_tell_what_goe
 def test_encoders_get_as_many_at_once_as_asked(workshop: Workshop, tmp_path: Path, monkeypatch):
     """While caching: images by --vae_batch_size, captions by --text_encoder_batch_size."""
     images, captions = [], []
-    from library.sd3 import text_stage, vae
+    from library.sd3 import text_encoder_manager, vae
 
-    encode, encode_captions = vae.Vae.encode, text_stage.encode_captions
+    encode, encode_captions = vae.Vae.encode, text_encoder_manager.encode_captions
 
     def count_images(self, pixels: torch.Tensor) -> Any:
         images.append(len(pixels))
@@ -294,7 +294,7 @@ def test_encoders_get_as_many_at_once_as_asked(workshop: Workshop, tmp_path: Pat
         return encode_captions(texts, *rest, **more)
 
     monkeypatch.setattr(vae.Vae, "encode", count_images)
-    monkeypatch.setattr(text_stage, "encode_captions", count_captions)
+    monkeypatch.setattr(text_encoder_manager, "encode_captions", count_captions)
     words = (UNET, "--cache_latents", "--cache_text_encoder_outputs")
     train(workshop, tmp_path, *words, vae_batch_size=4, text_encoder_batch_size=3, max_train_steps=1)
     assert images == [4, 2] and captions == [3, 3] * 3

@@ -48,7 +48,11 @@ def test_the_second_run_loads_neither_encoders_nor_vae(
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded for nothing")
 
-    for name in ("library.sd3.text_stage.load_clip", "library.sd3.text_stage.load_t5", "library.sd3_trainer.load_vae"):
+    for name in (
+        "library.sd3.text_encoder_manager.load_clip",
+        "library.sd3.text_encoder_manager.load_t5",
+        "library.sd3_trainer.load_vae",
+    ):
         monkeypatch.setattr(name, loaded)
     assert main(words(workshop, own_images, tmp_path / "warm")) == 0
     assert same(weights(tmp_path / "cold"), weights(tmp_path / "warm"))
@@ -103,7 +107,11 @@ def test_the_caching_tools_fill_what_training_reads(workshop: Workshop, own_imag
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded for nothing")
 
-    for name in ("library.sd3.text_stage.load_clip", "library.sd3.text_stage.load_t5", "library.sd3_trainer.load_vae"):
+    for name in (
+        "library.sd3.text_encoder_manager.load_clip",
+        "library.sd3.text_encoder_manager.load_t5",
+        "library.sd3_trainer.load_vae",
+    ):
         monkeypatch.setattr(name, loaded)
     assert main(words(workshop, own_images, tmp_path / "warm")) == 0
     broken = [sys.executable, str(tools / "cache_latents.py"), "--dataset_config", "none.toml"]

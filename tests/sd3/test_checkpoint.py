@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from library.common.errors import UserError
-from library.sd3.checkpoint import fingerprint, load_tensors, locate_parts
+from library.common.tensor_io import fingerprint, load_tensors
+from library.sd3.checkpoint import locate_parts
 from library.sd3.text_encoder_sizes import ClipSizes
 from tests.sd3 import tiny
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from library.common.errors import UserError
-from library.sd3.checkpoint import locate_parts, read_header
+from library.common.safetensors_header import read_header
+from library.sd3.checkpoint import locate_parts
 from library.sd3.models import mmdit_problems, vae_problems
 from tests.sd3.tiny import PREFIXES, tiny_checkpoint
 

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.sd3.checkpoint import locate_parts, read_header
+from library.common.safetensors_header import read_header
+from library.sd3.checkpoint import locate_parts
 from library.sd3.models import load_mmdit
 from networks.diffusers_layout import to_diffusers
 from networks.lora_sd3 import create_network_from_weights

@@ -20,8 +20,7 @@ from library.memory.estimator.step_memory import (
     weight_bytes,
 )
 from library.memory.estimator.tracker import FusedAttention, StorageTracker
-from library.memory.meta_linear import META_KINDS
-from library.memory.quantization import replace_linears
+from library.memory.quantization import META_KINDS, replace_linears
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.step_inputs import block_flops, block_of, meta_inputs, stream_tokens

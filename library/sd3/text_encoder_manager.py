@@ -1,29 +1,29 @@
-"""The text encoders at work: one after another when captions are encoded ahead, together when they are encoded live."""
+"""Loads and runs the text encoders: one after another to precompute captions, together in training steps."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.sd3.checkpoint import ModelFiles, fingerprint
+from library.common.tensor_io import Part, fingerprint
+from library.sd3.checkpoint import ModelFiles
 from library.sd3.conditioning import TextEncoding, TextSettings, encode_captions
 from library.sd3.text_encoders import load_clip, load_t5, quantize_t5
 from library.sd3.tokenizers import Tokenizers
 
 logger = logging.getLogger(__name__)
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
-QUANTISED = ("fp8", "int8", "nf4")
-Wrap = Callable[[Sequence[Any]], Any]
+QUANTIZED = ("fp8", "int8", "nf4")
+Batches = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """What is done to an encoder's wide weights before use (a LoRA merged in), and what tells it from other changes."""
 
     apply: Callable[[nn.Module], None]
@@ -38,16 +38,18 @@ class EncoderPlacement:
     dtype: torch.dtype
     t5_device: torch.device
     t5_dtype: torch.dtype
-    t5_quantization: str | None = None  # one of QUANTISED
-    quantize: Callable[[nn.Module, str], Any] | None = (
+    t5_quantization: str | None = None  # one of QUANTIZED
+    quantize: Callable[[nn.Module, str], object] | None = (
         None  # replaces a block's linear layers, see library.memory.quantization
     )
     mmap: bool = True
-    change: Mapping[str, Change] = field(default_factory=dict)  # by encoder: done to its weights when it is loaded
+    change: Mapping[str, WeightChange] = field(
+        default_factory=dict
+    )  # by encoder: done to its weights when it is loaded
     keep_freed_memory: bool = False  # leave a freed encoder's device memory to torch's allocator
 
 
-class TextStage:
+class TextEncoderManager:
     """Loads encoders when they are needed and frees them when asked. A missing encoder is never asked for."""
 
     def __init__(self, files: ModelFiles, tokenizers: Tokenizers, settings: TextSettings, placement: EncoderPlacement):
@@ -72,8 +74,12 @@ class TextStage:
         ]
         return ";".join([*parts, *words, *facts, f"dtype={self.placement.dtype}", f"t5={self._t5_format()}", *changes])
 
-    def encode_ahead(
-        self, captions: Sequence[str], names: Sequence[str], batch_size: int, wrap: Wrap = lambda batches: batches
+    def precompute(
+        self,
+        captions: Sequence[str],
+        names: Sequence[str],
+        batch_size: int,
+        wrap: Callable[[Batches], Iterable[Sequence[str]]] = lambda batches: batches,
     ) -> list[dict[str, Tensor]]:
         """The outputs of the named encoders for each caption, on the CPU: one encoder in memory at a time.
 
@@ -84,19 +90,19 @@ class TextStage:
         for name in self._parts(names):
             alone = name not in self.models
             model = self.model(name)
-            place = 0
+            row = 0
             for batch in wrap(batches):
                 with torch.no_grad():
                     encoding = self._encode(batch, {name: model})
-                for found in TextEncoding(**{k: v.cpu() for k, v in encoding.to_dict().items()}).rows():
-                    rows[place].update(found)
-                    place += 1
+                for outputs in TextEncoding(**{k: v.cpu() for k, v in encoding.to_dict().items()}).rows():
+                    rows[row].update(outputs)
+                    row += 1
             if alone:
                 del model
                 self.free(name)
         return rows
 
-    def encode_live(self, captions: Sequence[str], names: Sequence[str], trained: Sequence[str] = ()) -> TextEncoding:
+    def encode(self, captions: Sequence[str], names: Sequence[str], trained: Sequence[str] = ()) -> TextEncoding:
         """The outputs of the named encoders, which stay loaded. Those of `trained` carry a graph for the LoRA's gradients."""
         encoding = TextEncoding()
         for name in self._parts(names):
@@ -117,7 +123,7 @@ class TextStage:
         if torch.cuda.is_available() and not self.placement.keep_freed_memory:
             torch.cuda.empty_cache()
 
-    def _parts(self, names: Sequence[str]) -> dict[str, Any]:
+    def _parts(self, names: Sequence[str]) -> dict[str, Part]:
         return {name: part for name, part in self.files.encoders().items() if part is not None and name in names}
 
     def _encode(self, captions: Sequence[str], models: dict[str, nn.Module]) -> TextEncoding:
@@ -131,31 +137,31 @@ class TextStage:
         )
 
     def _load(self, name: str) -> nn.Module:
-        part, place = self.files.encoders()[name], self.placement
+        part, placement = self.files.encoders()[name], self.placement
         assert part is not None
         logger.info("Loading %s from %s", name, part.path)
-        change = place.change.get(name)
+        change = placement.change.get(name)
         if name != "t5xxl":
-            model: nn.Module = load_clip(part, place.device, place.dtype, place.mmap)
-        else:  # a change is made to the wide weights, so that all of them are there before they are quantised
-            quantise_now = self._quantise_block() if change is None else None
-            model = load_t5(part, place.t5_device, place.t5_dtype, place.mmap, quantise_now)
+            model: nn.Module = load_clip(part, placement.device, placement.dtype, placement.mmap)
+        else:  # a change is made to the wide weights, so that all of them are there before they are quantized
+            quantize_block = self._block_quantizer() if change is None else None
+            model = load_t5(part, placement.t5_device, placement.t5_dtype, placement.mmap, quantize_block)
         if change is not None:
             change.apply(model)
-            quantise_later = self._quantise_block() if name == "t5xxl" else None
-            if quantise_later is not None:
-                quantize_t5(model, quantise_later)
+            quantize_block = self._block_quantizer() if name == "t5xxl" else None
+            if quantize_block is not None:
+                quantize_t5(model, quantize_block)
         return model
 
-    def _quantise_block(self) -> Callable[[nn.Module], None] | None:
+    def _block_quantizer(self) -> Callable[[nn.Module], None] | None:
         kind, quantize = self.placement.t5_quantization, self.placement.quantize
         if kind is None or quantize is None:
             return None
 
-        def quantise_block(block: nn.Module) -> None:
+        def quantize_block(block: nn.Module) -> None:
             quantize(block, kind)
 
-        return quantise_block
+        return quantize_block
 
     def _t5_format(self) -> str:
         return f"{self.placement.t5_dtype}/{self.placement.t5_quantization}"
@@ -163,7 +169,7 @@ class TextStage:
 
 def parse_t5_dtype(text: str | None, default: torch.dtype) -> tuple[torch.dtype, str | None]:
     """`--t5xxl_dtype` -> the dtype to compute in and the format to store in (None: the same)."""
-    if text in QUANTISED:
+    if text in QUANTIZED:
         return (torch.bfloat16 if default == torch.float32 else default), text
     names = {
         "float32": torch.float32,

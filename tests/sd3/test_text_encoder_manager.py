@@ -12,7 +12,7 @@ import torch
 
 from library.sd3.checkpoint import locate_parts
 from library.sd3.conditioning import TextSettings
-from library.sd3.text_stage import ENCODERS, EncoderPlacement, TextStage
+from library.sd3.text_encoder_manager import ENCODERS, EncoderPlacement, TextEncoderManager
 from library.sd3.tokenizers import Tokenizers, load_tokenizers
 from tests.sd3.tiny import TOKENIZER_FOLDERS, tiny_checkpoint, tiny_model_folder
 
@@ -26,9 +26,11 @@ def model(tmp_path_factory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
-def stage(model: Path, settings: TextSettings = SETTINGS, placement: EncoderPlacement = PLACEMENT) -> TextStage:
+def stage(
+    model: Path, settings: TextSettings = SETTINGS, placement: EncoderPlacement = PLACEMENT
+) -> TextEncoderManager:
     tokenizers = load_tokenizers(str(model.parent / "tokenizers"), model)
-    return TextStage(locate_parts(str(model)), tokenizers, settings, placement)
+    return TextEncoderManager(locate_parts(str(model)), tokenizers, settings, placement)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,9 @@ def test_a_cache_of_other_or_fewer_encoders_is_stale(model: Path, tmp_path: Path
     assert first.fingerprint(ENCODERS[:2]) != first.fingerprint(ENCODERS)
     other = tiny_checkpoint(tmp_path / "other.safetensors", seed=5)
     files = locate_parts(str(other))
-    assert TextStage(files, first.tokenizers, SETTINGS, PLACEMENT).fingerprint(ENCODERS) != first.fingerprint(ENCODERS)
+    assert TextEncoderManager(files, first.tokenizers, SETTINGS, PLACEMENT).fingerprint(ENCODERS) != first.fingerprint(
+        ENCODERS
+    )
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -66,7 +70,7 @@ def test_a_cache_of_another_tokenizer_is_stale(model: Path, tmp_path: Path, enco
         rules["model"]["merges"].reverse()
     path.write_text(json.dumps(rules), encoding="utf-8")
     first, others = stage(model), load_tokenizers(tmp_path / "tokenizers", None)
-    second = TextStage(first.files, others, SETTINGS, PLACEMENT)
+    second = TextEncoderManager(first.files, others, SETTINGS, PLACEMENT)
     assert second.fingerprint(ENCODERS) != first.fingerprint(ENCODERS)
     rest = [name for name in ENCODERS if name != encoder]
     assert second.fingerprint(rest) == first.fingerprint(rest)
@@ -80,18 +84,18 @@ def test_the_same_tokenizer_in_another_place_or_after_use_is_the_same(model: Pat
         assert tokenizer is not None
         tokenizer(["a red cat"], 20)  # the library keeps the length of the last call
         tokenizer.inner.save_pretrained(str(tmp_path / TOKENIZER_FOLDERS[name]))
-    moved = TextStage(first.files, load_tokenizers(tmp_path, None), SETTINGS, PLACEMENT)
+    moved = TextEncoderManager(first.files, load_tokenizers(tmp_path, None), SETTINGS, PLACEMENT)
     used = Tokenizers(*(replace(tokenizer) for name in ENCODERS if (tokenizer := first.tokenizers.of(name))))
     assert moved.fingerprint(ENCODERS) == before
-    assert TextStage(first.files, used, SETTINGS, PLACEMENT).fingerprint(ENCODERS) == before
+    assert TextEncoderManager(first.files, used, SETTINGS, PLACEMENT).fingerprint(ENCODERS) == before
 
 
 def test_ahead_and_live_say_the_same_and_nothing_stays_loaded(model: Path):
     texts = ["a red cat", "", "the blue house on the big square"]
     first = stage(model)
-    ahead = first.encode_ahead(texts, ENCODERS, 2)
+    ahead = first.precompute(texts, ENCODERS, 2)
     assert first.models == {} and len(ahead) == 3
-    live = first.encode_live(texts, ENCODERS).rows()
+    live = first.encode(texts, ENCODERS).rows()
     for one, other in zip(ahead, live):
         assert one.keys() == other.keys()
         for name, tensor in one.items():
