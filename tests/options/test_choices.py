@@ -13,7 +13,7 @@ from library.flow.timesteps import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, WEIGHTIN
 from library.memory.quantization import KINDS
 from library.options.groups.monitoring import WORKING_SAMPLERS
 from library.options.table import BY_NAME
-from library.sd3.text_stage import parse_t5_dtype
+from library.sd3.text_encoder_manager import parse_t5_dtype
 from library.training.precision import DTYPES
 
 
