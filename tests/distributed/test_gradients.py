@@ -1,14 +1,11 @@
 """The flat all-reduce over two real processes."""
 
-import multiprocessing
-import os
-
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from library.distributed.gradients import GradientReducer
+from tests.warm_processes import run_ranks
 
 SHAPES = ((4, 7), (5,), (2, 3, 2))
 
@@ -21,10 +18,10 @@ def parameters(dtype=torch.float32, seed=0):
     return made
 
 
-def _reduce_on(rank, port, results):
+def _reduce_on(rank, folder):
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = []
     for dtype in (torch.float32, torch.bfloat16):
         made = parameters(dtype, seed=rank)
         made[1].grad = None if rank == 0 else made[1].grad
@@ -36,37 +33,23 @@ def _reduce_on(rank, port, results):
         reducer.reduce()  # equal gradients stay as they are, in the same buffer
         stable = all(map(torch.equal, once, [each.grad for each in made])) and reducer.buffer.data_ptr() == storage
         kept = all(each.grad.dtype == dtype for each in made)
-        results.put((rank, str(dtype), stable and kept, [each.float().numpy() for each in once]))
+        results.append((str(dtype), stable and kept, [each.float() for each in once]))
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_get_the_mean_gradient(unused_port):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_reduce_on, args=(rank, unused_port, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    got = [results.get(timeout=60) for _ in range(4)]
-    for worker in workers:
-        worker.join(timeout=60)
+def test_two_processes_get_the_mean_gradient(tmp_path):
+    run_ranks(_reduce_on, str(tmp_path))
+    got = [result for rank in range(2) for result in torch.load(tmp_path / f"{rank}.pt")]
     for dtype in (torch.float32, torch.bfloat16):
         zero, one = parameters(dtype, seed=0), parameters(dtype, seed=1)
         means = [(zero[0].grad.float() + one[0].grad.float()) / 2, one[1].grad.float() / 2, torch.zeros(SHAPES[2])]
-        of_both = [(good, gradients) for _rank, name, good, gradients in got if name == str(dtype)]
+        of_both = [(good, gradients) for name, good, gradients in got if name == str(dtype)]
         assert len(of_both) == 2
         for good, gradients in of_both:
             assert good
             for gradient, mean in zip(gradients, means, strict=True):
-                assert torch.equal(torch.from_numpy(gradient), mean.to(dtype).float())
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+                assert torch.equal(gradient, mean.to(dtype).float())
 
 
 def test_a_single_process_reduces_nothing():

@@ -30,12 +30,18 @@ def quotes(page: str) -> tuple[str, ...]:
     )
 
 
+@cache
+def pieces_of(quote: str) -> tuple[str, ...]:
+    """What must come in a message, in this order; nothing of a quote of few words, which must be the whole message."""
+    return tuple(quote.split("…")) if len(re.findall(r"[^\W\d_]", quote)) >= LETTERS else ()
+
+
 def stands_for(quote: str, message: str) -> bool:
-    """Whether the pieces of the quote come in the message, in their order; a quote of few words must be the whole message."""
-    if len(re.findall(r"[^\W\d_]", quote)) < LETTERS:
+    pieces = pieces_of(quote)
+    if not pieces:
         return quote == message.strip()
     place = 0
-    for piece in quote.split("…"):
+    for piece in pieces:
         place = message.find(piece, place)
         if place < 0:
             return False

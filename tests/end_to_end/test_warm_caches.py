@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from sd3_train_network import main
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.test_resume import same, weights
+from tests.warm_processes import run_python
 from tools import cache_latents
 
 DISK = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only", "--flip_aug")
@@ -100,8 +99,8 @@ def test_the_caching_tools_fill_what_training_reads(workshop: Workshop, own_imag
         "--flip_aug",
     )
     for name in ("cache_latents.py", "cache_text_encoder_outputs.py"):
-        command = [sys.executable, str(tools / name), "--pretrained_model_name_or_path", str(workshop.model), *images]
-        done = subprocess.run([*command, "--network_train_unet_only"], capture_output=True, text=True, cwd=tmp_path)
+        command = [str(tools / name), "--pretrained_model_name_or_path", str(workshop.model), *images]
+        done = run_python([*command, "--network_train_unet_only"], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
     def loaded(*args, **kwargs):
@@ -114,8 +113,7 @@ def test_the_caching_tools_fill_what_training_reads(workshop: Workshop, own_imag
     ):
         monkeypatch.setattr(name, loaded)
     assert main(words(workshop, own_images, tmp_path / "warm")) == 0
-    broken = [sys.executable, str(tools / "cache_latents.py"), "--dataset_config", "none.toml"]
-    done = subprocess.run(broken, capture_output=True, text=True, cwd=tmp_path)
+    done = run_python([str(tools / "cache_latents.py"), "--dataset_config", "none.toml"], cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "none.toml" in done.stderr
 
 

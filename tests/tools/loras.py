@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from networks.lora_sd3 import create_network
 from networks.weight_files import group_by_layer
 from tests.networks.models import tiny_mmdit, trained
 from tests.sd3.tiny import tiny_mmdit_config
+from tests.warm_processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = {"emb_dims": "[2,3,4,2,3,2]"}
@@ -55,11 +54,4 @@ def write_lora(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
 
 def run_script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_python([str(ROOT / "tools" / f"{name}.py"), *map(str, words)])

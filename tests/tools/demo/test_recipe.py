@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.options.resolve import resolve_options
+from tests.warm_processes import run_python
 from tools.demo.recipe import NAME, command
 from tools.make_demo import make_demo
 
@@ -39,9 +40,7 @@ def test_its_plan_has_no_problems_either(demo: Path, tmp_path: Path) -> None:
     """A dry run reads every header of model and dataset: 36 pictures shown twice, as many to regularise."""
     words = command(tmp_path, demo)
     words = words[words.index("sd3_train_network.py") :]
-    done = subprocess.run(
-        [sys.executable, *words, "--dry_run"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
-    )
+    done = run_python([*words, "--dry_run"])
     assert done.returncode == 0, done.stderr
     assert "64x64" in done.stdout
     assert "144" in done.stdout  # images of an epoch
