@@ -37,7 +37,6 @@ from library.distributed.launch import (
     sharding_warnings,
     start_processes,
 )
-from library.distributed.zero import build_shared_optimizer, can_be_shared
 from library.flow.timesteps import validation_timesteps
 from library.memory.offload import offload_to_cpu
 from library.model_family import ModelFamily
@@ -75,7 +74,8 @@ from library.saving.saver import told_if_unwritable
 from library.saving.state import SavedState
 from library.training.ema import WeightEma
 from library.training.loop import TrainingLoop
-from library.training.optimizers import build_optimizer
+from library.training.optimizer_names import can_be_sharded
+from library.training.optimizers import build_optimizer, build_sharded_optimizer
 from library.training.out_of_memory import told_clearly
 from library.training.precision import LossScaler, choose_precision
 from library.training.schedulers import build_schedule
@@ -306,16 +306,16 @@ class NetworkTrainer(ModelFamily):
         self.sharded = self.shard(self.sharding.base, local_sizes)
         logger.info("%s", self.sharded.summary())
 
-    def uneven_forwards(self) -> AbstractContextManager[None]:
+    def join_uneven_inputs(self) -> AbstractContextManager[None]:
         """Inside it processes may call the denoiser different numbers of times."""
-        return nullcontext() if self.sharded is None else self.sharded.uneven_forwards()
+        return nullcontext() if self.sharded is None else self.sharded.join_uneven_inputs()
 
     def create_optimizer(self) -> None:
         args = self.args
         given = (args.optimizer_type, self.groups, args.learning_rate, args.optimizer_args)
         self.reducer = GradientReducer(self.parameters, self.accelerator.num_processes)
-        if self.sharding.optimizer and can_be_shared(args.optimizer_type):
-            self.optimizer = build_shared_optimizer(*given, self.reducer, self.accelerator.process_index)
+        if self.sharding.optimizer and can_be_sharded(args.optimizer_type):
+            self.optimizer = build_sharded_optimizer(*given, self.reducer, self.accelerator.process_index)
         else:
             if self.sharding.optimizer:
                 logger.warning(

@@ -44,7 +44,7 @@ from library.sd3.conditioning import (
 )
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import MMDiTConfig
-from library.sd3.models import load_mmdit, load_vae, shapes_of
+from library.sd3.models import load_mmdit, load_vae, shapes_of, smallest_input
 from library.sd3.pos_embed import LATENT_AND_PATCH, ScaledPosEmbed, crop_pos_embed, random_offset
 from library.sd3.text_encoder_manager import (
     ENCODERS,
@@ -190,9 +190,10 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return prompts.union(*(dataset.buckets for dataset in datasets))
 
     def shard(self, settings: ShardSettings, local_sizes: list[int]) -> ShardedModel:
-        return ShardedModel(
-            cast(MMDiT, self.denoiser), settings, self.device, local_sizes, first_block(self.network.layers)
-        )
+        denoiser = cast(MMDiT, self.denoiser)
+        smallest = partial(smallest_input, denoiser, self.device)
+        first = first_block(self.network.layers)
+        return ShardedModel(denoiser, settings, self.device, local_sizes, smallest, first)
 
     def blocks_to_swap(self, depth: int) -> int:
         wanted = int(self.args.blocks_to_swap or 0)

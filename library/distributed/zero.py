@@ -1,8 +1,8 @@
-"""The optimizer's state shared out over processes: each steps a part of the parameters and hands on their new values.
+"""The optimizer's state sharded over processes: each process steps a part of the parameters and broadcasts their new values.
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.1. Gradients are
-whole on every process, as they are after a backward pass. Saved states have the layout of an optimizer that is not shared
-out, so a run may go on with another number of processes.
+whole on every process, as they are after a backward pass. Saved states have the layout of an unsharded optimizer, so a run may
+resume with another number of processes. docs/architecture.md says why torch's ZeroRedundancyOptimizer does not do this here.
 """
 
 from __future__ import annotations
@@ -14,23 +14,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from library.distributed.gradients import GradientReducer
-from library.training.optimizer_names import find_optimizer
-from library.training.optimizers import OptimizerBundle, build_optimizer, load_state
-
-# whose optimizers step every tensor by itself, so that it does not matter who else is stepped with it
-PACKAGES = frozenset(["torch.optim", "bitsandbytes.optim", "lion_pytorch"])
+State = dict[str, Any]  # what torch.optim.Optimizer.state_dict returns
 
 
-def can_be_shared(name: str) -> bool:
-    """Whether each parameter's step of --optimizer_type `name` is known to depend on that parameter alone."""
-    return find_optimizer(name).module in PACKAGES
+def partition_parameters(sizes: Sequence[int], processes: int) -> list[int]:
+    """The process that steps each parameter: neighbours together, in parts of about equal size.
 
-
-def owners_of(sizes: Sequence[int], processes: int) -> list[int]:
-    """Which process steps each parameter: neighbours together, in shares of about equal size.
-
-    >>> owners_of([4, 4, 4, 4], 2)
+    >>> partition_parameters([4, 4, 4, 4], 2)
     [0, 0, 1, 1]
     """
     total, before, owners = sum(sizes), 0, []
@@ -41,79 +31,64 @@ def owners_of(sizes: Sequence[int], processes: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """groups: how many parameters each of the optimizer's groups has; owners: of all parameters, in order."""
+class ShardAssignment:
+    """Which process steps which parameter, and the states that follow from it."""
 
-    groups: list[int]
-    owners: list[int]
+    group_sizes: list[int]  # parameters of each of the optimizer's groups
+    owners: list[int]  # of all parameters, in order
     rank: int
-    channel: Any  # a group of processes that exchanges host memory
+    process_group: dist.ProcessGroup  # exchanges host memory
 
     def own(self) -> list[int]:
-        """The numbers of this process's parameters."""
-        return [number for number, owner in enumerate(self.owners) if owner == self.rank]
+        """The indices of this process's parameters."""
+        return [index for index, owner in enumerate(self.owners) if owner == self.rank]
 
     def members(self) -> list[range]:
-        """The numbers of each group's parameters."""
-        starts = [sum(self.groups[:place]) for place in range(len(self.groups))]
-        return [range(start, start + count) for start, count in zip(starts, self.groups)]
+        """The indices of each group's parameters."""
+        starts = [sum(self.group_sizes[:number]) for number in range(len(self.group_sizes))]
+        return [range(start, start + size) for start, size in zip(starts, self.group_sizes)]
 
-
-@dataclass(frozen=True)
-class SharedOptimizerBundle(OptimizerBundle):
-    shares: Shares
-
-    def state_dict(self) -> dict[str, Any]:
-        """On the first process the state of all parameters, in host memory; the others send theirs. All must call it."""
-        mine = self.optimizer.state_dict()
-        numbers = self.shares.own()
-        named = {numbers[local]: _in_host_memory(state) for local, state in mine["state"].items()}
-        first = self.shares.rank == 0
-        found: list[Any] | None = [None] * dist.get_world_size() if first else None
-        dist.gather_object(named, found, dst=0, group=self.shares.channel)
-        if found is None:
-            return {}
-        groups = [{**group, "params": list(all)} for group, all in zip(mine["param_groups"], self.shares.members())]
-        return {"state": {number: each[number] for each in found for number in sorted(each)}, "param_groups": groups}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take this process's part of a whole state."""
-        local = {number: place for place, number in enumerate(self.shares.own())}
-        state = {local[number]: each for number, each in saved["state"].items() if number in local}
-        groups = [
-            {**group, "params": [local[number] for number in group["params"] if number in local]}
-            for group in saved["param_groups"]
+    def own_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The parameter groups with this process's parameters alone."""
+        return [
+            {
+                **group,
+                "params": [each for index, each in zip(members, group["params"]) if self.owners[index] == self.rank],
+            }
+            for members, group in zip(self.members(), groups)
         ]
-        load_state(self.optimizer, {**saved, "state": state, "param_groups": groups})
+
+    def gather_state(self, own: State) -> State:
+        """On rank 0 the state of all parameters, in host memory; {} on the others. All ranks must call it."""
+        indices = self.own()
+        named = {indices[local]: _in_host_memory(state) for local, state in own["state"].items()}
+        gathered: list[dict[int, State]] | None = [{}] * len(set(self.owners)) if self.rank == 0 else None
+        dist.gather_object(named, gathered, dst=0, group=self.process_group)
+        if gathered is None:
+            return {}
+        groups = [{**group, "params": list(all)} for group, all in zip(own["param_groups"], self.members())]
+        return {"state": {index: each[index] for each in gathered for index in sorted(each)}, "param_groups": groups}
+
+    def own_state(self, whole: State) -> State:
+        """This process's part of the state of all parameters."""
+        local = {index: position for position, index in enumerate(self.own())}
+        state = {local[index]: each for index, each in whole["state"].items() if index in local}
+        groups = [
+            {**group, "params": [local[index] for index in group["params"] if index in local]}
+            for group in whole["param_groups"]
+        ]
+        return {**whole, "state": state, "param_groups": groups}
 
 
-def build_shared_optimizer(
-    name: str,
-    groups: Sequence[Mapping[str, Any]],
-    learning_rate: float,
-    optimizer_args: Sequence[str] | None,
-    reducer: GradientReducer,
-    rank: int,
-) -> OptimizerBundle:
-    """As `build_optimizer`, for this process's share; after its step every process has all new values.
-
-    reducer: of all the groups' parameters, in their order; its buffer carries the values. `can_be_shared(name)` holds.
-    Where some process would have nothing to step, every process keeps the whole state.
-    """
-    owners = owners_of([parameter.numel() for parameter in reducer.parameters], reducer.world_size)
-    if len(set(owners)) < reducer.world_size:
-        return build_optimizer(name, groups, learning_rate, optimizer_args)
-    shares = Shares([len(group["params"]) for group in groups], owners, rank, dist.new_group(backend="gloo"))
-    mine = [
-        {**group, "params": [each for number, each in zip(members, group["params"]) if owners[number] == rank]}
-        for members, group in zip(shares.members(), groups)
-    ]
-    bundle = build_optimizer(name, mine, learning_rate, optimizer_args)
-    bundle.optimizer.register_step_post_hook(lambda *_: reducer.broadcast_parameters(owners))
-    return SharedOptimizerBundle(
-        bundle.optimizer, bundle.name_for_metadata, bundle.is_schedule_free, bundle.forced_schedule, shares
-    )
+def assign_shards(
+    groups: Sequence[Mapping[str, Any]], sizes: Sequence[int], world_size: int, rank: int
+) -> ShardAssignment | None:
+    """The assignment of the groups' parameters, of `sizes` elements each; None where some process would have nothing to step."""
+    owners = partition_parameters(sizes, world_size)
+    if len(set(owners)) < world_size:
+        return None
+    return ShardAssignment([len(group["params"]) for group in groups], owners, rank, dist.new_group(backend="gloo"))
 
 
-def _in_host_memory(state: Mapping[str, Any]) -> dict[str, Any]:
+def _in_host_memory(state: Mapping[str, Any]) -> State:
     return {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -298,7 +298,7 @@ class RunEvents:
     def make_previews(self, position: TrainProgress, epoch: int | None) -> None:
         if self.previewer is None or self.should_stop():  # who stops the run may not wait for pictures
             return
-        with self.trainer.doing("drawing previews"), self.evaluation_weights(), self.trainer.uneven_forwards():
+        with self.trainer.doing("drawing previews"), self.evaluation_weights(), self.trainer.join_uneven_inputs():
             multiplier = self.trainer.network.multiplier
             self.trainer.network.set_multiplier(1.0)
             previews = self.previewer.make(moment(position.step, epoch), [self.trainer.network])

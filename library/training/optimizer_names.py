@@ -41,6 +41,15 @@ class OptimizerSource:
             raise UserError(f"--optimizer_type={self.name}: {self.module} cannot be imported: {error}.") from error
 
 
+# packages whose optimizers step every tensor by itself, whichever others are stepped with it
+SHARDABLE_PACKAGES = frozenset(["torch.optim", "bitsandbytes.optim", "lion_pytorch"])
+
+
+def can_be_sharded(name: str) -> bool:
+    """Whether each parameter's step of --optimizer_type `name` is known to depend on that parameter alone."""
+    return find_optimizer(name).module in SHARDABLE_PACKAGES
+
+
 def _entries() -> list[OptimizerSource]:
     nesterov = MappingProxyType({"momentum": 0.9, "nesterov": True})
     bitsandbytes = ("bitsandbytes.optim", "bitsandbytes")

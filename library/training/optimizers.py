@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from library.common.errors import UserError
+from library.distributed.gradients import GradientReducer
+from library.distributed.zero import ShardAssignment, assign_shards
 from library.training.optimizer_args import as_text, parse_keyword_args
 from library.training.optimizer_names import OptimizerSource, find_optimizer
 
@@ -33,6 +35,7 @@ class OptimizerBundle:
     name_for_metadata: str
     is_schedule_free: bool
     forced_schedule: str | None
+    shards: ShardAssignment | None = None  # each process holds the state of a part of the parameters
 
     def train(self) -> None:
         """Put the training weights in place (schedule-free alone). Call it before the first step and after `eval`."""
@@ -64,11 +67,13 @@ class OptimizerBundle:
                 torch._foreach_copy_(parameters, kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """The state of all parameters. Where it is sharded, all processes must call it, and rank 0 gets it."""
+        state = self.optimizer.state_dict()
+        return self.shards.gather_state(state) if self.shards else state
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore every state tensor with the dtype that it was saved with, so that a resumed run is exact."""
-        load_state(self.optimizer, saved)
+        load_state(self.optimizer, self.shards.own_state(saved) if self.shards else saved)
 
 
 def check_optimizer(name: str, optimizer_args: Sequence[str] | None, rates: Sequence[float] = ()) -> list[str]:
@@ -117,6 +122,29 @@ def build_optimizer(
             learning_rate,
         )
     return _build(source, groups, learning_rate, arguments)
+
+
+def build_sharded_optimizer(
+    name: str,
+    param_groups: Sequence[Mapping[str, Any]],
+    learning_rate: float,
+    optimizer_args: Sequence[str] | None,
+    reducer: GradientReducer,
+    rank: int,
+) -> OptimizerBundle:
+    """As `build_optimizer`, with a part of the state on each process; after its step every process has all new values.
+
+    reducer: of all the groups' parameters, in their order; its buffer carries the values. `can_be_sharded(name)` holds. Where
+    some process would have nothing to step, every process keeps the whole state.
+    """
+    sizes = [parameter.numel() for parameter in reducer.parameters]
+    shards = assign_shards(param_groups, sizes, reducer.world_size, rank)
+    if shards is None:
+        return build_optimizer(name, param_groups, learning_rate, optimizer_args)
+    owners = shards.owners
+    bundle = build_optimizer(name, shards.own_groups(param_groups), learning_rate, optimizer_args)
+    bundle.optimizer.register_step_post_hook(lambda *_: reducer.broadcast_parameters(owners))
+    return replace(bundle, shards=shards)
 
 
 def logged_rates(optimizer: Optimizer, names: Sequence[str]) -> dict[str, float]:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from library.distributed.gradients import GradientReducer
-from library.distributed.zero import build_shared_optimizer, can_be_shared, owners_of
-from library.training.optimizers import OptimizerBundle, build_optimizer
+from library.distributed.zero import partition_parameters
+from library.training.optimizer_names import can_be_sharded
+from library.training.optimizers import OptimizerBundle, build_optimizer, build_sharded_optimizer
 from tests.warm_processes import run_ranks
 
 SIZES = (4096, 128, 64, 4096, 4224)  # 8-bit states begin at 4096
@@ -51,7 +52,7 @@ def _work(rank: int, folder: str) -> None:
         whole, shared, resumed = parameters(), parameters(), parameters()
         plain = build_optimizer(name, groups_of(whole), 0.1)
         ours, later = (
-            build_shared_optimizer(name, groups_of(made), 0.1, None, GradientReducer(made, 2), rank)
+            build_sharded_optimizer(name, groups_of(made), 0.1, None, GradientReducer(made, 2), rank)
             for made in (shared, resumed)
         )
         for number in range(2):
@@ -109,10 +110,10 @@ def test_a_whole_optimizers_state_is_continued_exactly(found: list[dict[str, Any
 
 
 def test_shares_are_neighbours_of_about_equal_size():
-    assert owners_of([4, 4, 4, 4], 2) == [0, 0, 1, 1]
-    assert owners_of([1, 1, 1, 9], 2) == [0, 0, 0, 1]
-    assert owners_of([100], 4) == [2]
-    owners = owners_of([7] * 100, 4)
+    assert partition_parameters([4, 4, 4, 4], 2) == [0, 0, 1, 1]
+    assert partition_parameters([1, 1, 1, 9], 2) == [0, 0, 0, 1]
+    assert partition_parameters([100], 4) == [2]
+    owners = partition_parameters([7] * 100, 4)
     assert owners == sorted(owners) and [owners.count(rank) for rank in range(4)] == [25] * 4
 
 
@@ -121,13 +122,13 @@ def test_shares_are_neighbours_of_about_equal_size():
     [("AdamW", True), ("RAdam", True), ("PagedAdamW8bit", True), ("Prodigy", False), ("AdamWScheduleFree", False)],
 )
 def test_optimizers_that_look_at_all_weights_stay_whole(name: str, shared: bool):
-    assert can_be_shared(name) is shared
+    assert can_be_sharded(name) is shared
 
 
 def test_where_a_process_would_have_nothing_to_step_all_keep_the_whole_state():
     """It could not do as the others do with a step that is skipped."""
     made = [nn.Parameter(torch.ones(4)) for _ in range(2)]
     given = ("AdamW", [{"params": made, "lr": 0.1}], 0.1, None)
-    bundle = build_shared_optimizer(*given, GradientReducer(made, world_size=3), rank=0)
-    assert type(bundle) is OptimizerBundle
+    bundle = build_sharded_optimizer(*given, GradientReducer(made, world_size=3), rank=0)
+    assert bundle.shards is None
     assert [len(group["params"]) for group in bundle.optimizer.param_groups] == [2]
