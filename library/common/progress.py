@@ -6,7 +6,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -21,8 +24,8 @@ class Progress:
         self.total, self.title, self.count, self.shown = total, title, start, shown
         self.started, self.first = time.monotonic(), start
         self.last_line = self.started
-        self.values: dict[str, Any] = {}
-        self.bar: Any = None
+        self.values: dict[str, object] = {}
+        self.bar: tqdm[object] | None = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -43,7 +46,7 @@ class Progress:
             if self.bar is not None:
                 self.bar.unpause()
 
-    def note(self, **values: Any) -> None:
+    def note(self, **values: object) -> None:
         self.values = values
         if self.bar is not None:
             self.bar.set_postfix(values, refresh=False)

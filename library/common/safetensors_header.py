@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from library.common.errors import UserError
 from library.common.file_kinds import kind_by_first_bytes
@@ -91,11 +90,13 @@ def _parsed(data: bytes, file_size: int) -> Header:
     return Header(tensors, metadata, 8 + length)
 
 
-def _json_object(text: bytes) -> dict[str, Any]:
+def _json_object(text: bytes) -> dict[str, object]:
     if not text.startswith(b"{"):
         raise _Malformed("the header is not a JSON object.")
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        value: dict[str, object] = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
     except UnicodeDecodeError:
         raise _Malformed("the header is not UTF-8 text, so this is not a safetensors file or it is damaged.") from None
     except RecursionError:
@@ -112,26 +113,26 @@ def _is_broken(name: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _Malformed(f"the header names {_short(twice)} twice.")
-    return found
+    return table
 
 
 def _refuse_constant(name: str) -> None:
     raise _Malformed(f"the header holds {name}, which is not a size.")
 
 
-def _metadata(value: Any) -> dict[str, str]:
+def _metadata(value: object) -> dict[str, str]:
     if type(value) is not dict or not all(type(text) is str for text in value.values()):
         raise _Malformed("__metadata__ is not a table of strings.")
     return value
 
 
-def _tensor_info(key: str, entry: Any) -> TensorInfo:
+def _tensor_info(key: str, entry: object) -> TensorInfo:
     label = f"tensor {_short(key)}"
     if type(entry) is not dict or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _Malformed(f"{label} lacks dtype, shape or data_offsets.")
@@ -151,7 +152,7 @@ def _tensor_info(key: str, entry: Any) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), (begin, end))
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE
 
 
@@ -182,7 +183,7 @@ def _why_not_safetensors(start: bytes, size: int, length: int) -> str:
     return f"is not a safetensors file (its first 8 bytes announce a header of {length:,} bytes)."
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A value for a message: printable and never long."""
     text = repr(value[:80]) if isinstance(value, str) else repr(value[:8]) if isinstance(value, list) else repr(value)
     return text if len(text) <= 160 else text[:157] + "..."

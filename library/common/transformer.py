@@ -6,7 +6,7 @@ A model family's transformer is a `TransformerModel`. It calls `self.run_block(i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +42,8 @@ class TransformerModel(nn.Module):
         self.run_block: BlockRunner = call_block
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The blocks, in the order in which they run. A subclass returns its `ModuleList`."""
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in the order in which they run."""
         raise NotImplementedError
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,11 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return mask if mask.shape[-2:] == size else F.interpolate(mask, size, mode="area")
 
 
+class RunningLossState(TypedDict):
+    values: Tensor  # [window] float32
+    added: int
+
+
 class RunningLoss:
     """The mean of the last `window` losses, kept on the device: adding never waits for it.
 
@@ -142,12 +148,12 @@ class RunningLoss:
         finite = torch.isfinite(seen)
         return torch.where(finite, seen, 0).sum() / finite.sum() if len(seen) else self.values.new_zeros(())
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> RunningLossState:
         return {"values": self.values.clone(), "added": self.added}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: RunningLossState) -> None:
         """Restore; where the window has changed since, the newest losses that fit are kept."""
-        saved: Tensor = state["values"]
+        saved = state["values"]
         if len(saved) == len(self.values):
             self.values.copy_(saved)
             self.added = state["added"]

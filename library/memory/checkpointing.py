@@ -49,7 +49,7 @@ def checkpointed(
     return checkpointed_run
 
 
-def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def keep_attention(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     """Keep what attention kernels return; recompute all else."""
     return CheckpointPolicy.MUST_SAVE if operator in ATTENTION_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -83,7 +83,7 @@ class ActivationOffloader:
         self.spare: dict[int, list[Tensor]] = {}  # buffers by their bytes
         self.kept: dict[int, list[OffloadedTensor]] = {}
 
-    def saving(self, index: int) -> AbstractContextManager[Any]:
+    def saving(self, index: int) -> AbstractContextManager[object]:
         """A context in which tensors that autograd saves belong to block `index` and go to host memory."""
         self.kept[index] = []
         return torch.autograd.graph.saved_tensors_hooks(partial(self._pack, index), self._unpack)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def compiled(backend: Backend, dynamic: bool) -> BlockRunner:
         return block(*inputs)
 
     def compiled_run(index: int, block: TransformerBlock, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return cast("tuple[Tensor, ...]", forward(block, *inputs))
+        return forward(block, *inputs)
 
     return compiled_run
 

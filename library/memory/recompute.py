@@ -102,7 +102,7 @@ class _Recipes:
     """The recipes of one block's forward, by the storage of the tensors that they made."""
 
     def __init__(self) -> None:
-        self._by_storage: dict[int, tuple[weakref.ref[Any], _Recipe]] = {}
+        self._by_storage: dict[int, tuple[weakref.ref[torch.UntypedStorage], _Recipe]] = {}
 
     def recompute(self, eager: Eager, *inputs: object) -> Tensor:
         """eager(*inputs), not kept for backward by anyone. inputs: tensors, and modules that `eager` calls."""

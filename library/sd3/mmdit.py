@@ -8,7 +8,6 @@ the released checkpoints, so a checkpoint loads without a mapping and LoRA names
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -71,7 +70,8 @@ class Attention(nn.Module):
 
     def pre_attention(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, L, D] -> queries, keys and values [B, L, H, 64], not normalized yet."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, HEAD_SIZE)).unbind(2)
+        heads: tuple[Tensor, ...] = self.qkv(x).unflatten(-1, (3, self.num_heads, HEAD_SIZE)).unbind(2)
+        return heads
 
     def forward(self, x: Tensor) -> Tensor:
         """Self-attention before the output projection, [B, L, D] -> [B, L, D]."""
@@ -87,7 +87,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
 
 
 class SingleDiTBlock(nn.Module):
@@ -113,7 +114,8 @@ class SingleDiTBlock(nn.Module):
 
         SiLU(c), adaLN_modulation[0], is the same for all blocks: `MMDiT.forward` computes it once.
         """
-        return self.adaLN_modulation[1](silu_c).unsqueeze(1).chunk(self.chunks, dim=-1)
+        chunks: tuple[Tensor, ...] = self.adaLN_modulation[1](silu_c).unsqueeze(1).chunk(self.chunks, dim=-1)
+        return chunks
 
     def pre_attention(self, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """x [B, L, D] -> queries, keys and values [B, L, H, 64]."""
@@ -165,7 +167,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, h/2 * w/2, D]
+        patches: Tensor = self.proj(x).flatten(2).transpose(1, 2)  # [B, h/2 * w/2, D]
+        return patches
 
 
 class VectorEmbedder(nn.Module):
@@ -174,7 +177,8 @@ class VectorEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(in_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
+        out: Tensor = self.mlp(x)
+        return out
 
 
 class FinalLayer(nn.Module):
@@ -188,7 +192,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
         """x [B, L, D], silu_c [B, D] -> [B, L, patch * patch * C]."""
         shift, scale = self.adaLN_modulation[1](silu_c).unsqueeze(1).chunk(2, dim=-1)  # [B, 1, D]
-        return self.linear(self.modulate(x, shift, scale))
+        out: Tensor = self.linear(self.modulate(x, shift, scale))
+        return out
 
 
 class MMDiT(TransformerModel):
@@ -209,7 +214,7 @@ class MMDiT(TransformerModel):
         self.final_layer = FinalLayer(config)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         return self.joint_blocks
 
     @property

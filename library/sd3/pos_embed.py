@@ -15,7 +15,7 @@ LATENT_AND_PATCH = 16  # pixels on a patch's side: 8 a latent, 2 latents a patch
 def crop_pos_embed(table: Tensor, height: int, width: int, offset: tuple[int, int] | None = None) -> Tensor:
     """Cut height x width patches out of a square table [1, P * P, D] -> [1, height * width, D].
 
-    offset is (top, left) in patches; without it the crop is centred. ValueError if the crop leaves the table.
+    offset is (top, left) in patches; without it the crop is centered. ValueError if the crop leaves the table.
     """
     side = math.isqrt(table.shape[1])
     top, left = offset if offset is not None else ((side - height) // 2, (side - width) // 2)
@@ -23,7 +23,7 @@ def crop_pos_embed(table: Tensor, height: int, width: int, offset: tuple[int, in
         raise ValueError(
             f"a crop of {height}x{width} patches at ({top}, {left}) leaves the position table of {side}x{side}"
         )
-    square = table.unflatten(1, (side, side))  # [1, P, P, D]
+    square: Tensor = table.unflatten(1, (side, side))  # [1, P, P, D]
     return square[:, top : top + height, left : left + width].reshape(1, height * width, -1)
 
 

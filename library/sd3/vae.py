@@ -88,7 +88,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return (self.nin_shortcut(x) if self.has_shortcut else x) + hidden
+        out: Tensor = (self.nin_shortcut(x) if self.has_shortcut else x) + hidden
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -108,7 +109,8 @@ class AttnBlock(nn.Module):
             layer(hidden).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)
         )  # [B, 1, h*w, C]
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(attended)
+        out: Tensor = x + self.proj_out(attended)
+        return out
 
 
 class Downsample(nn.Module):
@@ -117,7 +119,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
@@ -126,7 +129,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 class MidBlock(nn.Module):
@@ -137,7 +141,8 @@ class MidBlock(nn.Module):
         self.block_2 = ResnetBlock(config, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return out
 
 
 class Level(nn.Module):
@@ -179,7 +184,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return out
 
 
 class Decoder(nn.Module):
@@ -202,7 +208,8 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
 
 
 class Vae(nn.Module):
@@ -223,7 +230,8 @@ class Vae(nn.Module):
 
     def decode(self, raw: Tensor) -> Tensor:
         """raw latents [B, 16, h, w] (see `denormalise`) -> images [B, 3, 8h, 8w] float32, about -1..1."""
-        return self.decoder(raw.to(self.dtype)).float()
+        images: Tensor = self.decoder(raw.to(self.dtype)).float()
+        return images
 
 
 def sample_posterior(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 On the meta device a whole training step runs through the very code that trains, with shapes alone: what it would allocate on
 a GPU is counted without one. Attention needs help there: without a device torch would take its slowest form, which keeps a
-matrix of all pairs, so the fused form that the wanted device has is called by name.
+matrix of all pairs, so the fused form that the device has is called by name.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ FLASH_HEAD_SIZE = 256  # flash attention takes no larger heads
 
 
 class StorageTracker(TorchDispatchMode):
-    """Inside it, `live` is the bytes of all tensors that were made in it (or given to `watch`) and are still alive."""
+    """Inside it, `live` is the bytes of all tensors that were made in it (or passed to `watch`) and are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that are there already. Tensors that share their storage count once."""
@@ -40,12 +40,16 @@ class StorageTracker(TorchDispatchMode):
         self.peak = self.live
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
-        for found in tree_leaves(out):
-            if isinstance(found, Tensor):
-                self._count(found)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
         return out
 
     def _count(self, tensor: Tensor) -> None:
@@ -55,7 +59,7 @@ class StorageTracker(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
 
-        def gone(_: Any) -> None:
+        def gone(_: object) -> None:
             self._known.pop(key, None)
             self.live -= size
 
@@ -71,7 +75,13 @@ class FusedAttention(TorchFunctionMode):
         super().__init__()
         self.device_type = device_type
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
             return self._attention(*args[:3])
         return func(*args, **(kwargs or {}))
@@ -79,8 +89,10 @@ class FusedAttention(TorchFunctionMode):
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         aten = torch.ops.aten
         if self.device_type == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
-        if q.dtype == torch.float32 or q.shape[-1] > FLASH_HEAD_SIZE:
+            out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+        elif q.dtype == torch.float32 or q.shape[-1] > FLASH_HEAD_SIZE:
             keep_sums = torch.is_grad_enabled() and q.requires_grad
-            return aten._scaled_dot_product_efficient_attention(q, k, v, None, keep_sums)[0]
-        return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+            out = aten._scaled_dot_product_efficient_attention(q, k, v, None, keep_sums)[0]
+        else:
+            out = aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        return cast(Tensor, out)
