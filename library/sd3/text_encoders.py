@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 Quantize = Callable[[nn.Module], None]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_clip(
@@ -38,7 +39,9 @@ def load_clip(
     if not sizes.has_projection:
         weights["text_projection.weight"] = torch.eye(sizes.width, device=device, dtype=dtype)
     model.load_state_dict(weights, strict=True, assign=True)
-    return _frozen(nn.Module.to(model, device))  # the buffers: the weights are there already
+    return _frozen(
+        cast("CLIPTextModelWithProjection", nn.Module.to(model, device))
+    )  # the buffers: the weights are there already
 
 
 def load_t5(
@@ -47,8 +50,8 @@ def load_t5(
     """The T5 encoder, frozen, in eval mode. UserError names every tensor that is amiss.
 
     In float16 the last layer of each MLP (`wo`) stays in float32, since its output passes 65504 in T5-XXL.
-    quantize replaces the linear layers of the block that it is given; each block is quantised as soon as it is loaded, so
-    that the peak is the quantised model and one block in `dtype`.
+    quantize replaces the linear layers of the block that it is given; each block is quantized as soon as it is loaded, so
+    that the peak is the quantized model and one block in `dtype`.
     """
     _raise_if_amiss(part)
     sizes = cast(T5Sizes, sizes_of(part))
@@ -170,8 +173,8 @@ def _load(
     part: Part, keys: Iterable[str], device: torch.device | str, dtype: torch.dtype, mmap: bool
 ) -> dict[str, Tensor]:
     """The tensors that the model calls `keys`, where the part has them."""
-    wanted = set(keys)
-    sources = {key: source for key, source in source_keys(part).items() if key in wanted}
+    expected = set(keys)
+    sources = {key: source for key, source in source_keys(part).items() if key in expected}
     wide = {key for key in sources if dtype == torch.float16 and key.endswith("DenseReluDense.wo.weight")}
     loaded: dict[str, Tensor] = {}
     for group, group_dtype in ((sources.keys() - wide, dtype), (wide, torch.float32)):
@@ -185,12 +188,13 @@ def _load(
 
 
 def _gated_mlp(mlp: Any, hidden: Tensor) -> Tensor:
-    """T5's gated MLP without transformers' cast to the dtype of `wo`'s weight, which for a quantised weight is an integer's."""
+    """T5's gated MLP without transformers' cast to the dtype of `wo`'s weight, which for a quantized weight is an integer's."""
     hidden = mlp.act(mlp.wi_0(hidden)) * mlp.wi_1(hidden)
-    return mlp.wo(hidden.float() if hidden.dtype == torch.float16 else hidden)  # see load_t5
+    out: Tensor = mlp.wo(hidden.float() if hidden.dtype == torch.float16 else hidden)  # see load_t5
+    return out
 
 
-def _frozen(model: Any) -> Any:
+def _frozen(model: Model) -> Model:
     stranded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if stranded:
         raise RuntimeError(f"tensors without content after loading: {stranded}")
