@@ -56,7 +56,7 @@ from library.sd3.text_encoder_manager import (
 from library.sd3.text_encoder_sizes import sizes_of
 from library.sd3.text_encoders import checkpoint_layers
 from library.sd3.tokenizers import load_tokenizers, vocabulary_problems
-from library.sd3.vae import Vae, denormalise, normalise, sample_posterior
+from library.sd3.vae import Vae, denormalize, normalize, sample_posterior
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, first_block
 from networks.weight_files import group_by_layer
 
@@ -162,7 +162,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         return torch.cat(raw)
 
     def normalise_latents(self, raw: Tensor) -> Tensor:
-        return normalise(raw)
+        return normalize(raw)
 
     # --- the denoiser ----------------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Sd3NetworkTrainer(NetworkTrainer):
         if self.vae is None:
             self.vae = self.load_vae()
         with onload(self.vae, self.device, keep_resident=self.latents is None or self.args.highvram):
-            return self.vae.decode(denormalise(latents))
+            return self.vae.decode(denormalize(latents))
 
 
 def joined_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:

@@ -47,7 +47,7 @@ from library.sd3.text_encoder_manager import (
     parse_t5_dtype,
 )
 from library.sd3.tokenizers import load_tokenizers
-from library.sd3.vae import denormalise
+from library.sd3.vae import denormalize
 from networks.lora_file import LoraFile, read_lora
 from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, layers_by_name
 from networks.merging import merge_layers
@@ -223,7 +223,7 @@ def make_images(
         return model(x, timesteps, *conditioning)
 
     def decode(latents: Tensor) -> Tensor:
-        return vae.decode(denormalise(latents))
+        return vae.decode(denormalize(latents))
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -62,10 +62,10 @@ def save_safetensors(
 
 def _system_error(error: Exception) -> OSError | None:
     """The operating system's error inside one of safetensors' ("... (os error 28)"); None where there is none."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found is None:
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match is None:
         return None
-    number = int(found.group(1))
+    number = int(match.group(1))
     return OSError(number, os.strerror(number)) if os.name == "posix" else OSError(0, str(error), None, number)
 
 

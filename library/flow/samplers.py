@@ -59,7 +59,7 @@ def sample(
     sampler: str,
     wrap: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Tensor:
-    """Integrate from noise [B, C, h, w] along sigmas [N + 1] (falling, the last 0) -> the normalised latent, float32.
+    """Integrate from noise [B, C, h, w] along sigmas [N + 1] (falling, the last 0) -> the normalized latent, float32.
 
     wrap: puts a progress bar around the steps.
     """

@@ -1,7 +1,7 @@
 """From paths to parts: which file holds the denoiser, the three text encoders and the VAE of an SD3 model.
 
-Headers alone are read. One single file may hold everything; a path given for an encoder or the VAE wins over the copy in
-the checkpoint (`--clip_l`, `--clip_g`, `--t5xxl`, `--vae`); "" means not given.
+Headers alone are read. One single file may hold everything; the path of an encoder or the VAE wins over the copy in
+the checkpoint (`--clip_l`, `--clip_g`, `--t5xxl`, `--vae`); "" counts as none.
 """
 
 from __future__ import annotations
@@ -72,23 +72,23 @@ def locate_parts(
         if path is not None and str(path).strip():
             file = _open(f"--{name}", path, problems)
             parts[name] = _separate(name, file, problems) if file is not None else None
-    found = {name: part for name, part in parts.items() if part is not None}
-    for part in found.values():
+    present = {name: part for name, part in parts.items() if part is not None}
+    for part in present.values():
         problems.problems.extend(check_text_encoder(part) if part.name in ENCODERS else core_problems(part))
     problems.raise_if_any()
-    problems.problems.extend(fit_problems(found))
+    problems.problems.extend(fit_problems(present))
     problems.raise_if_any()
-    return ModelFiles(found["mmdit"], parts["clip_l"], parts["clip_g"], parts["t5xxl"], parts["vae"])
+    return ModelFiles(present["mmdit"], parts["clip_l"], parts["clip_g"], parts["t5xxl"], parts["vae"])
 
 
-def _open(option: str, given: str | Path, problems: Problems) -> _File | None:
-    if not str(given).strip():
+def _open(option: str, value: str | Path, problems: Problems) -> _File | None:
+    if not str(value).strip():
         problems.add(f"{option} is empty: give the path of the SD3 model's .safetensors file.")
         return None
-    path = Path(given).expanduser()
+    path = Path(value).expanduser()
     try:
         if not path.exists():
-            raise UserError(f"{path} does not exist.{_hub_hint(option, str(given))}")
+            raise UserError(f"{path} does not exist.{_hub_hint(option, str(value))}")
         if path.is_dir():
             raise UserError(_about_folder(path))
         pickled = _is_pickled(path)
@@ -106,8 +106,8 @@ def _is_pickled(path: Path) -> bool:
     return start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
-def _hub_hint(option: str, given: str) -> str:
-    if option == "--pretrained_model_name_or_path" and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+def _hub_hint(option: str, value: str) -> str:
+    if option == "--pretrained_model_name_or_path" and re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         return " A name on the Hugging Face Hub is not enough: download the model's single .safetensors file."
     return ""
 
@@ -122,8 +122,8 @@ def _about_folder(path: Path) -> str:
 
 def _prefixes(header: Header, mark: str) -> list[str]:
     """What stands before `mark` in the file's names: "" or ending with a dot; sorted."""
-    found = {name[: -len(mark)] for name in header.tensors if name.endswith(mark)}
-    return sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
+    prefixes = {name[: -len(mark)] for name in header.tensors if name.endswith(mark)}
+    return sorted(prefix for prefix in prefixes if not prefix or prefix.endswith("."))
 
 
 def _embedded(name: str, base: _File, problems: Problems) -> Part | None:
@@ -141,7 +141,7 @@ def _embedded(name: str, base: _File, problems: Problems) -> Part | None:
 
 
 def _separate(name: str, file: _File, problems: Problems) -> Part | None:
-    """The part `name` of a file that was given for it."""
+    """The part `name` of a file of its own."""
     prefixes = _prefixes(file.header, MARKS[name])
     if not prefixes and name in ("clip_l", "clip_g"):
         prefixes = _prefixes(file.header, MARKS[name].removeprefix("text_model."))

@@ -28,7 +28,7 @@ class TextSettings:
     """How captions are encoded. A cache made with other settings is stale."""
 
     t5_tokens: int = 256  # 1..512
-    mask_clip: bool = False  # CLIP-L and CLIP-G see no padding, and their rows at padded places are zero
+    mask_clip: bool = False  # CLIP-L and CLIP-G see no padding, and their rows at padded positions are zero
     mask_t5: bool = False  # the same for T5
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class TextSettings:
 class TextEncoding:
     """What the encoders say about B captions; None where an encoder is missing or was not asked.
 
-    With masks asked for, the rows at padded places are zero already: no mask travels along.
+    With masks asked for, the rows at padded positions are zero already: no mask travels along.
     """
 
     clip_l: Tensor | None = None  # [B, 77, 768]
@@ -51,8 +51,8 @@ class TextEncoding:
 
     def to_dict(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        outputs = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in outputs.items() if tensor is not None}
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> TextEncoding:
@@ -140,28 +140,28 @@ def encode_captions(
     clip_g: nn.Module | None = None,
     t5: nn.Module | None = None,
 ) -> TextEncoding:
-    """Encode B captions with the encoders given; the others' fields are None (see `TextEncoding.merged`).
+    """Encode B captions with the encoders that are passed; the others' fields are None (see `TextEncoding.merged`).
 
     Each distinct caption is encoded once. The same function serves training, caching, validation and previews, so the
     masks act alike in all. Call it under torch.no_grad() unless an encoder is trained.
     """
     distinct = list(dict.fromkeys(captions))
-    places = {caption: index for index, caption in enumerate(distinct)}
-    order = torch.tensor([places[caption] for caption in captions])
-    found: dict[str, Tensor] = {}
+    rows = {caption: index for index, caption in enumerate(distinct)}
+    order = torch.tensor([rows[caption] for caption in captions])
+    outputs: dict[str, Tensor] = {}
     for name, pooled, model, tokenizer in (
         ("clip_l", "pooled_l", clip_l, tokenizers.clip_l),
         ("clip_g", "pooled_g", clip_g, tokenizers.clip_g),
     ):
         if model is not None:
             ids, mask = _tokenize(tokenizer, name, distinct, CLIP_TOKENS)
-            found[name], found[pooled] = encode_clip(model, ids, mask if settings.mask_clip else None)
+            outputs[name], outputs[pooled] = encode_clip(model, ids, mask if settings.mask_clip else None)
     if t5 is not None:
         ids, mask = _tokenize(tokenizers.t5, "t5xxl", distinct, settings.t5_tokens)
-        found["t5"] = encode_t5(t5, ids, mask if settings.mask_t5 else None)
+        outputs["t5"] = encode_t5(t5, ids, mask if settings.mask_t5 else None)
     if len(distinct) < len(captions):
-        found = {name: tensor[order.to(tensor.device, non_blocking=True)] for name, tensor in found.items()}
-    return TextEncoding(**found)
+        outputs = {name: tensor[order.to(tensor.device, non_blocking=True)] for name, tensor in outputs.items()}
+    return TextEncoding(**outputs)
 
 
 def to_context(
@@ -205,7 +205,7 @@ class DropoutRates:
 def apply_dropout(encoding: TextEncoding, rates: DropoutRates, generator: torch.Generator) -> TextEncoding:
     """Zero each encoder's share of each caption independently with its rate; for training alone.
 
-    generator: on the CPU; 3 * B numbers are drawn unless every rate is 0. The given tensors are left as they are.
+    generator: on the CPU; 3 * B numbers are drawn unless every rate is 0. The tensors are left as they are.
     """
     if rates == DropoutRates():
         return encoding

@@ -225,10 +225,10 @@ class MMDiT(TransformerModel):
     def forward(
         self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, pos_embed: Tensor | None = None
     ) -> Tensor:
-        """x [B, 16, h, w] noisy normalised latents, h and w even; timestep [B] float32 in 0..1000; context [B, L, 4096]; pooled
+        """x [B, 16, h, w] noisy normalized latents, h and w even; timestep [B] float32 in 0..1000; context [B, L, 4096]; pooled
         [B, 2048] -> velocity [B, 16, h, w] in the model's dtype.
 
-        pos_embed [1, h/2 * w/2, D] takes the place of the center crop of the model's own table.
+        pos_embed [1, h/2 * w/2, D] replaces the center crop of the model's own table.
         """
         height, width = x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size
         if pos_embed is None:

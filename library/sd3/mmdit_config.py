@@ -61,17 +61,17 @@ class MMDiTConfig:
 
     def problems(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
         """Why no model can be made of these sizes, read from `shapes`: a sentence each, for the file's user."""
-        found = []
+        problems = []
         patches, outputs = shapes["pos_embed"][1], shapes["final_layer.linear.weight"][0]
         if self.hidden_size % HEAD_SIZE:
-            found.append(f"the model is {self.hidden_size} wide, which is no multiple of {HEAD_SIZE}.")
+            problems.append(f"the model is {self.hidden_size} wide, which is no multiple of {HEAD_SIZE}.")
         if self.patch_size != PATCH_SIZE or outputs != PATCH_SIZE**2 * self.in_channels:
-            found.append(
+            problems.append(
                 f"x_embedder.proj and final_layer.linear are not those of patches of {PATCH_SIZE} x {PATCH_SIZE}."
             )
         if self.pos_embed_max_size**2 != patches:
-            found.append(f"the position table pos_embed has {patches} places, which make no square.")
+            problems.append(f"the position table pos_embed has {patches} places, which make no square.")
         absent = [i for i in range(self.depth) if f"joint_blocks.{i}.x_block.attn.qkv.weight" not in shapes]
         if absent:
-            found.append(f"it has keys of {self.depth} joint_blocks, but number {absent[0]} is missing.")
-        return found
+            problems.append(f"it has keys of {self.depth} joint_blocks, but number {absent[0]} is missing.")
+        return problems

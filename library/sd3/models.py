@@ -35,14 +35,14 @@ def load_vae(part: Part, device: torch.device | str, dtype: torch.dtype | None, 
 
 def check_against(model: nn.Module, part: Part) -> list[str]:
     """The differences between a model and a part's tensors, a sentence each; empty when they fit. Reads no tensor data."""
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = shapes_of(part)
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    actual = shapes_of(part)
     problems = []
-    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    missing, unexpected = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     wrong = [
-        f"{key} is {found[key]}, not {wanted[key]}"
-        for key in sorted(wanted.keys() & found.keys())
-        if wanted[key] != found[key]
+        f"{key} is {actual[key]}, not {expected[key]}"
+        for key in sorted(expected.keys() & actual.keys())
+        if expected[key] != actual[key]
     ]
     for what, names in (("missing", missing), ("not known", unexpected), ("of the wrong shape", wrong)):
         if names:

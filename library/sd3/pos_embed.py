@@ -28,22 +28,22 @@ def crop_pos_embed(table: Tensor, height: int, width: int, offset: tuple[int, in
 
 
 def random_offset(side: int, height: int, width: int, rng: random.Random) -> tuple[int, int]:
-    """A uniformly random place (top, left) for a crop in a table of side x side patches."""
+    """A uniformly random position (top, left) for a crop in a table of side x side patches."""
     return rng.randint(0, side - height), rng.randint(0, side - width)
 
 
-def sincos_table(side: int, hidden_size: int, centre_patches: float) -> Tensor:
-    """A 2D sine-cosine table [1, side * side, hidden_size] float32 in which `centre_patches` span the 16 units of training at 256 px.
+def sincos_table(side: int, hidden_size: int, center_patches: float) -> Tensor:
+    """A 2D sine-cosine table [1, side * side, hidden_size] float32 in which `center_patches` span the 16 units of training at 256 px.
 
-    Coordinate i lies at 16 * (i - (side - S) / 2) / S with S = centre_patches. Half of the channels code x, half y, each as
+    Coordinate i lies at 16 * (i - (side - S) / 2) / S with S = center_patches. Half of the channels code x, half y, each as
     sines then cosines of frequencies 10000^(-j / (hidden_size / 4)) (Dosovitskiy et al. 2021's fixed variant, as in DiT).
     """
     base = 16.0
     steps = torch.arange(side, dtype=torch.float64)
-    places = base * (steps - (side - centre_patches) / 2) / centre_patches
+    positions = base * (steps - (side - center_patches) / 2) / center_patches
     quarter = hidden_size // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = places[:, None] * frequencies  # [side, D / 4]
+    angles = positions[:, None] * frequencies  # [side, D / 4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [side, D / 2]
     along_x = axis[None, :, :].expand(side, side, -1)
     along_y = axis[:, None, :].expand(side, side, -1)
@@ -62,14 +62,14 @@ class ScaledPosEmbed:
         self.limits = [((a + b) / 2) for a, b in pairwise(side * side for side in sides)]
         self.tables = [self._table(math.floor(1.5 * side), side) for side in sides]
 
-    def _table(self, table_side: int, centre_patches: int) -> Tensor:
-        return sincos_table(table_side, self.hidden_size, centre_patches).to(self.device)
+    def _table(self, table_side: int, center_patches: int) -> Tensor:
+        return sincos_table(table_side, self.hidden_size, center_patches).to(self.device)
 
     def table_for(self, height: int, width: int) -> Tensor:
         """The table [1, P * P, D] for a batch of height x width patches, grown where the batch is larger than it."""
-        place = sum(height * width > limit for limit in self.limits)
-        table = self.tables[place]
+        level = sum(height * width > limit for limit in self.limits)
+        table = self.tables[level]
         if max(height, width) > math.isqrt(table.shape[1]):
-            table = self._table(max(height, width), self.sides[place])
-            self.tables[place] = table
+            table = self._table(max(height, width), self.sides[level])
+            self.tables[level] = table
         return table

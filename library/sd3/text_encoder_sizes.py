@@ -62,7 +62,7 @@ class ClipSizes:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Key -> shape of every tensor of transformers' CLIPTextModelWithProjection."""
         width, mlp_width = self.width, self.mlp_width
-        wanted: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "text_model.embeddings.token_embedding.weight": (self.vocabulary, width),
             "text_model.embeddings.position_embedding.weight": (self.positions, width),
             "text_projection.weight": (self.projection, width),
@@ -72,11 +72,11 @@ class ClipSizes:
             layer = f"text_model.encoder.layers.{i}"
             norms += [f"{layer}.layer_norm1", f"{layer}.layer_norm2"]
             for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-                wanted |= _linear(f"{layer}.self_attn.{name}", width, width)
-            wanted |= _linear(f"{layer}.mlp.fc1", width, mlp_width) | _linear(f"{layer}.mlp.fc2", mlp_width, width)
+                shapes |= _linear(f"{layer}.self_attn.{name}", width, width)
+            shapes |= _linear(f"{layer}.mlp.fc1", width, mlp_width) | _linear(f"{layer}.mlp.fc2", mlp_width, width)
         for norm in norms:
-            wanted |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-        return wanted
+            shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,19 @@ class T5Sizes:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Key -> shape of every tensor of transformers' T5EncoderModel but the second name of the embedding."""
         width, inner = self.width, self.heads * HEAD_SIZE
-        wanted: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "shared.weight": (self.vocabulary, width),
             "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (self.buckets, self.heads),
             "encoder.final_layer_norm.weight": (width,),
         }
         for i in range(self.layers):
             attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
-            wanted |= {f"{attention}.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
-            wanted |= {f"{mlp}.DenseReluDense.{name}.weight": (self.mlp_width, width) for name in ("wi_0", "wi_1")}
-            wanted[f"{attention}.SelfAttention.o.weight"] = (width, inner)
-            wanted[f"{mlp}.DenseReluDense.wo.weight"] = (width, self.mlp_width)
-            wanted |= {f"{attention}.layer_norm.weight": (width,), f"{mlp}.layer_norm.weight": (width,)}
-        return wanted
+            shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
+            shapes |= {f"{mlp}.DenseReluDense.{name}.weight": (self.mlp_width, width) for name in ("wi_0", "wi_1")}
+            shapes[f"{attention}.SelfAttention.o.weight"] = (width, inner)
+            shapes[f"{mlp}.DenseReluDense.wo.weight"] = (width, self.mlp_width)
+            shapes |= {f"{attention}.layer_norm.weight": (width,), f"{mlp}.layer_norm.weight": (width,)}
+        return shapes
 
 
 def sizes_of(part: Part) -> ClipSizes | T5Sizes:
@@ -132,11 +132,11 @@ def sizes_of(part: Part) -> ClipSizes | T5Sizes:
 def source_keys(part: Part) -> dict[str, str]:
     """Model key -> the part's key, for every tensor that the encoder needs and the part has under one name or another."""
     needed = sizes_of(part).tensors
-    found = {key: key for key in needed if key in part.tensors}
+    sources = {key: key for key in needed if key in part.tensors}
     for key, other in (("text_projection.weight", "text_projection"), ("shared.weight", "encoder.embed_tokens.weight")):
-        if key in needed and key not in found and other in part.tensors:
-            found[key] = other
-    return found
+        if key in needed and key not in sources and other in part.tensors:
+            sources[key] = other
+    return sources
 
 
 def check_text_encoder(part: Part) -> list[str]:

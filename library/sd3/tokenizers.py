@@ -115,10 +115,10 @@ def download(name: str) -> Path:
 def load_tokenizers(
     cache_dir: str | Path | None,
     beside: str | Path | None,
-    wanted: Sequence[str] = ("clip_l", "clip_g", "t5xxl"),
+    names: Sequence[str] = ("clip_l", "clip_g", "t5xxl"),
     from_hub: Callable[[str], Path] = download,
 ) -> Tokenizers:
-    """The tokenizers of the `wanted` encoders; `beside` is the checkpoint's path.
+    """The tokenizers of the `names` encoders; `beside` is the checkpoint's path.
 
     UserError tells where they were looked for and how to get them.
     """
@@ -126,7 +126,7 @@ def load_tokenizers(
     checkpoint = Path(beside) if beside else None
     loaded: dict[str, Tokenizer] = {}
     problems = []
-    for name in wanted:
+    for name in names:
         try:
             inner = _find(name, cache, checkpoint, from_hub)
         except UserError as error:
@@ -160,13 +160,13 @@ def folder_name(name: str) -> str:
 def tokenizer_problems(
     cache_dir: str | Path | None,
     beside: str | Path | None,
-    wanted: Sequence[str],
+    names: Sequence[str],
     from_hub: Callable[[str], Path] = download,
 ) -> list[str]:
     """What `load_tokenizers` would not find, without reading any: those of the Hub are downloaded."""
     cache = Path(cache_dir).expanduser() if cache_dir else None
     problems = []
-    for name in wanted:
+    for name in names:
         try:
             _locate(name, cache, Path(beside) if beside else None, from_hub)
         except UserError as error:
@@ -186,20 +186,20 @@ def _locate(
     name: str, cache: Path | None, checkpoint: Path | None, from_hub: Callable[[str], Path]
 ) -> tuple[Path, bool]:
     """The tokenizer's folder, and whether it is the Hub's."""
-    found = next((folder for folder in _places(name, cache, checkpoint) if folder.is_dir()), None)
+    local = next((folder for folder in _folders(name, cache, checkpoint) if folder.is_dir()), None)
     try:
-        folder = from_hub(name) if found is None else found
+        folder = from_hub(name) if local is None else local
     except OSError as error:  # no network, a server's refusal: huggingface_hub's errors are OSErrors
         raise UserError(
             f"There is no tokenizer for {name}, and it cannot be downloaded ({_first_line(error)}). Put the files of"
             f" https://huggingface.co/{HUB_NAMES[name]} ({_VOCABULARY_FILES[name]}, or a tokenizer.json)"
-            f" into {_first_place(name, cache, checkpoint)}."
+            f" into {_suggested_folder(name, cache, checkpoint)}."
         ) from error
     if not _has_vocabulary(folder):
         raise UserError(
             f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor spiece.model."
         )
-    return folder, found is None
+    return folder, local is None
 
 
 def _from_folder(name: str, folder: Path) -> Any:
@@ -222,16 +222,16 @@ def _has_vocabulary(folder: Path) -> bool:
     return any(all((folder / file).is_file() for file in files) for files in sets)
 
 
-def _places(name: str, cache: Path | None, checkpoint: Path | None) -> list[Path]:
+def _folders(name: str, cache: Path | None, checkpoint: Path | None) -> list[Path]:
     names = [folder_name(name)] + ([folder_name("clip_l")] if name == "clip_g" else [])
     roots = [cache] if cache is not None else []
     if checkpoint is not None:
         roots += [checkpoint.with_name(f"{checkpoint.stem}_tokenizers"), checkpoint.with_name("tokenizers")]
-    places = [root / folder for root in roots for folder in names]
-    return places + ([checkpoint.with_name(_REPOSITORY_FOLDERS[name])] if checkpoint is not None else [])
+    folders = [root / folder for root in roots for folder in names]
+    return folders + ([checkpoint.with_name(_REPOSITORY_FOLDERS[name])] if checkpoint is not None else [])
 
 
-def _first_place(name: str, cache: Path | None, checkpoint: Path | None) -> str:
+def _suggested_folder(name: str, cache: Path | None, checkpoint: Path | None) -> str:
     if cache is not None:
         return str(cache / folder_name(name))
     beside = f"{checkpoint.with_name('tokenizers') / folder_name(name)}, or into " if checkpoint is not None else ""

@@ -20,13 +20,13 @@ LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609
 
 
-def normalise(raw: Tensor) -> Tensor:
+def normalize(raw: Tensor) -> Tensor:
     """Latents as the VAE gives them -> latents as the denoiser sees them."""
     return (raw - LATENT_SHIFT) * LATENT_SCALE
 
 
-def denormalise(latents: Tensor) -> Tensor:
-    """The inverse of `normalise`."""
+def denormalize(latents: Tensor) -> Tensor:
+    """The inverse of `normalize`."""
     return latents / LATENT_SCALE + LATENT_SHIFT
 
 
@@ -57,17 +57,17 @@ class VaeConfig:
 
     def problems(self) -> list[str]:
         """Why no VAE can be made of these sizes: a sentence each, for the file's user."""
-        found = []
+        problems = []
         if 0 in self.multipliers:
             level = self.multipliers.index(0)
-            found.append(
+            problems.append(
                 f"the VAE has keys of {len(self.multipliers)} levels, but encoder.down.{level} is missing or too narrow."
             )
         if self.base_channels % self.norm_groups:
-            found.append(f"the VAE's base width {self.base_channels} is no multiple of {self.norm_groups}.")
+            problems.append(f"the VAE's base width {self.base_channels} is no multiple of {self.norm_groups}.")
         if not self.res_blocks:
-            found.append("the VAE's encoder.down.0 has no block.")
-        return found
+            problems.append("the VAE's encoder.down.0 has no block.")
+        return problems
 
 
 def group_norm(config: VaeConfig, channels: int) -> nn.GroupNorm:
@@ -93,7 +93,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over all places of the smallest feature map."""
+    """Single-head attention over all positions of the smallest feature map."""
 
     def __init__(self, config: VaeConfig, channels: int):
         super().__init__()
@@ -224,12 +224,12 @@ class Vae(nn.Module):
         return self.encoder.conv_in.weight.dtype
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] in -1..1, H and W multiples of 8 -> mean and log variance, each [B, 16, H/8, W/8] float32, not normalised."""
+        """images [B, 3, H, W] in -1..1, H and W multiples of 8 -> mean and log variance, each [B, 16, H/8, W/8] float32, not normalized."""
         mean, log_variance = self.encoder(images.to(self.dtype)).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def decode(self, raw: Tensor) -> Tensor:
-        """raw latents [B, 16, h, w] (see `denormalise`) -> images [B, 3, 8h, 8w] float32, about -1..1."""
+        """raw latents [B, 16, h, w] (see `denormalize`) -> images [B, 3, 8h, 8w] float32, about -1..1."""
         images: Tensor = self.decoder(raw.to(self.dtype)).float()
         return images
 

@@ -28,14 +28,14 @@ def emptied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-def test_a_visitor_goes_home_and_gives_its_memory_back(emptied: list[bool]) -> None:
+def test_an_onloaded_model_is_offloaded_and_its_memory_released(emptied: list[bool]) -> None:
     model = Traveller()
     with onload(model, ELSEWHERE, keep_resident=False):
         assert model.places == ["cuda"] and not emptied
     assert model.places == ["cuda", "cpu"] and emptied == [True]
 
 
-def test_a_visitor_goes_home_after_an_error(emptied: list[bool]) -> None:
+def test_an_onloaded_model_is_offloaded_after_an_error(emptied: list[bool]) -> None:
     model = Traveller()
     with pytest.raises(ValueError), onload(model, ELSEWHERE, keep_resident=False):
         raise ValueError

@@ -40,13 +40,13 @@ def test_block_swap_waits_for_what_it_reads_and_for_what_it_overwrites(monkeypat
         slot.buffer.fill_(255)  # NaN where weights are missing
     prefetch = swapper.prefetch
 
-    def noted_bring(index: int, forward: bool) -> None:
+    def noted_prefetch(index: int, forward: bool) -> None:
         for slot in swapper.slots:  # all that was issued until now has used what is in use
             if slot.in_use:
                 used[slot.buffer.data_ptr()] = streams.compute.time + 1
         prefetch(index, forward)
 
-    swapper.prefetch = noted_bring
+    swapper.prefetch = noted_prefetch
     model.run_block = swapper.runner(run)
     for _ in range(2):
         plain(**given).square().mean().backward()

@@ -112,7 +112,7 @@ def test_the_folders_of_a_copied_repository_serve(folder, tmp_path):
 
 def test_clip_l_s_tokenizer_serves_for_clip_g(folder, tmp_path):
     copy_as(folder, tmp_path, "clip_l")
-    found = load_tokenizers(tmp_path, None, wanted=("clip_l", "clip_g"), from_hub=no_network)
+    found = load_tokenizers(tmp_path, None, names=("clip_l", "clip_g"), from_hub=no_network)
     assert found.clip_g.pad_id == 0 and found.t5 is None
 
 
@@ -122,7 +122,7 @@ def test_vocab_and_merges_alone_make_a_clip_tokenizer(tokenizers, tmp_path):
     target.mkdir()
     (target / "vocab.json").write_text(json.dumps(vocabulary))
     (target / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    found = load_tokenizers(tmp_path, None, wanted=("clip_l",), from_hub=no_network)
+    found = load_tokenizers(tmp_path, None, names=("clip_l",), from_hub=no_network)
     assert torch.equal(found.clip_l(CAPTIONS, 77)[0], tokenizers.clip_l(CAPTIONS, 77)[0])
 
 
@@ -164,7 +164,7 @@ def test_a_folder_without_a_vocabulary_never_gives_an_empty_tokenizer(name, tmp_
     (tmp_path / folder_name(name)).mkdir()
     (tmp_path / folder_name(name) / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds no tokenizer"):
-        load_tokenizers(tmp_path, None, wanted=(name,), from_hub=no_network)
+        load_tokenizers(tmp_path, None, names=(name,), from_hub=no_network)
 
 
 def test_a_vocabulary_without_letters_is_refused(tmp_path):
@@ -172,7 +172,7 @@ def test_a_vocabulary_without_letters_is_refused(tmp_path):
 
     CLIPTokenizer().save_pretrained(tmp_path / folder_name("clip_l"))
     with pytest.raises(UserError, match="does not know the letter a"):
-        load_tokenizers(tmp_path, None, wanted=("clip_l",), from_hub=no_network)
+        load_tokenizers(tmp_path, None, names=("clip_l",), from_hub=no_network)
 
 
 def test_a_sentencepiece_model_alone_makes_t5_s_tokenizer(tmp_path):
@@ -186,7 +186,7 @@ def test_a_sentencepiece_model_alone_makes_t5_s_tokenizer(tmp_path):
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     (target / "spiece.vocab").unlink()
-    t5 = load_tokenizers(tmp_path, None, wanted=("t5xxl",), from_hub=no_network).t5
+    t5 = load_tokenizers(tmp_path, None, names=("t5xxl",), from_hub=no_network).t5
     reference = sentencepiece.SentencePieceProcessor(model_file=str(target / "spiece.model"))
     for caption in ("a red  cat", "small painting of unknownthings", " the blue house"):
         ids, mask = t5([caption], 32)

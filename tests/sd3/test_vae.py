@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.sd3.vae import Vae, VaeConfig, denormalise, normalise, sample_posterior
+from library.sd3.vae import Vae, VaeConfig, denormalize, normalize, sample_posterior
 from tests.sd3.diffusers_models import diffusers_vae, randomised
 
 CONFIG = VaeConfig(base_channels=16, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=16)
@@ -38,7 +38,7 @@ def test_decode_equals_diffusers(vae: Vae, height: int, width: int):
 
 def test_normalising_is_undone():
     raw = torch.randn(3, 16, 2, 2)
-    torch.testing.assert_close(denormalise(normalise(raw)), raw)
+    torch.testing.assert_close(denormalize(normalize(raw)), raw)
 
 
 def test_sizes_are_read_from_shapes(vae: Vae):

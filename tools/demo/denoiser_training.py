@@ -29,7 +29,7 @@ from library.sd3.mmdit_config import MMDiTConfig
 from library.sd3.pos_embed import sincos_table
 from library.sd3.text_encoder_sizes import CLIP_TOKENS
 from library.sd3.tokenizers import Tokenizers
-from library.sd3.vae import Vae, normalise, sample_posterior
+from library.sd3.vae import Vae, normalize, sample_posterior
 from tools.demo.captions import caption_of
 from tools.demo.scenes import SIDE, Scene, draw, random_pose, random_scene
 from tools.demo.text_training import CLIP_WIDTHS, T5_WIDTH, TextEncoders
@@ -184,7 +184,7 @@ def batch_loss(
         encoding = apply_dropout(encoding, rates, generator)
         context, pooled = to_context(encoding, context_sizes(clip_tokens, t5_tokens), "cpu", torch.float32)
     mean, log_variance = pool.mean[picked], pool.log_variance[picked]
-    latents = normalise(sample_posterior(mean, log_variance, torch.randn(mean.shape, generator=generator)))
+    latents = normalize(sample_posterior(mean, log_variance, torch.randn(mean.shape, generator=generator)))
     noise = torch.randn(latents.shape, generator=generator)
     sigma = shift(torch.randn(len(picked), generator=generator).sigmoid(), settings.shift)
     noisy = latents + sigma[:, None, None, None] * (noise - latents)

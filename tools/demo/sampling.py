@@ -13,7 +13,7 @@ from library.flow.samplers import preview_sigmas
 from library.flow.samplers import sample as integrate
 from library.sd3.text_encoder_sizes import CLIP_TOKENS
 from library.sd3.tokenizers import Tokenizers
-from library.sd3.vae import Vae, denormalise
+from library.sd3.vae import Vae, denormalize
 from tools.demo.denoiser_training import context_sizes, encode
 from tools.demo.scenes import SIDE
 from tools.demo.text_training import TextEncoders
@@ -51,7 +51,7 @@ def sample(
         return torch.lerp(unguided, wanted, guidance)
 
     latents = integrate(guided, torch.stack(noises), preview_sigmas(steps, shift), "euler")
-    return [to_image(pixels) for pixels in vae.decode(denormalise(latents))]
+    return [to_image(pixels) for pixels in vae.decode(denormalize(latents))]
 
 
 def to_image(pixels: torch.Tensor) -> Image:

@@ -189,7 +189,7 @@ class _Log:
                 carried = max(0, starts[index] - (self.after_blocks + later))
                 costs[index] = BlockCost(above, kept, carried, ends[index] - starts[index])
                 later += gradients[index] - kept
-            else:  # nothing is trained below it: its output takes the place of its input
+            else:  # nothing is trained below it: its output replaces its input
                 costs[index] = BlockCost(above, 0, 0, 0)
         return costs
 
