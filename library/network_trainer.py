@@ -1,7 +1,7 @@
-"""One training run, told in the order in which it happens. `NetworkTrainer.train` is the table of contents.
+"""One training run in the order in which it happens: `NetworkTrainer.train` is the table of contents.
 
-A model family subclasses NetworkTrainer and names its parts (library/model_family.py): how its files are found, how text and
-images are encoded, how the denoiser is loaded and called. Everything else is here, or one call away.
+A model family (SD3: sd3_train_network.py) subclasses NetworkTrainer and fills in the hooks at its end: which models there are,
+and how the denoiser is called. Everything else is here, or one call away.
 """
 
 from __future__ import annotations
@@ -9,23 +9,25 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from library.caching.fill import encoder_roles, fill_latents, fill_texts, texts_of_prompts
-from library.caching.latents import LatentCache
-from library.caching.text import TextCache
+from library.caching.fill import EncoderRoles, encoder_roles, texts_of_prompts
+from library.caching.outputs import Latents, Texts, cache_latents, cache_texts
 from library.common.errors import collect_errors
+from library.common.model_family import LatentCodec, NoTextEncoders, TextEncoders
 from library.common.progress import progress_bar
 from library.common.seeds import StepGenerators, seed_everything
-from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR
+from library.common.transformer import TransformerModel
 from library.data.loader import Batch, Loader, LoaderSettings, preserves
+from library.data.settings import Size
 from library.distributed.fsdp import ShardedModel
 from library.distributed.gradients import GradientReducer
 from library.distributed.launch import (
@@ -37,16 +39,19 @@ from library.distributed.launch import (
     sharding_warnings,
     start_processes,
 )
+from library.flow.samplers import SAMPLERS
 from library.flow.timesteps import validation_timesteps
-from library.memory.offload import offload_to_cpu
-from library.model_family import ModelFamily
+from library.memory.apply import apply_memory_optimizations
+from library.memory.block_swap import BlockSwapper, swap_limit
 from library.monitoring.dataset_sheets import draw_dataset
+from library.monitoring.previews import Previewer, PreviewSettings
 from library.monitoring.run_events import RunEvents
 from library.monitoring.trackers import TrackingSettings, chosen_trackers, log_folder, tracking_problems
 from library.options.values import secret_values
+from library.preflight.inspector import ModelInspector
 from library.preflight.memory import memory_budget, plan_memory, smallest_budget
 from library.preflight.network import make_network
-from library.preflight.plan import plan_run
+from library.preflight.plan import RunPlan, plan_run
 from library.preflight.run_length import initial_progress
 from library.preflight.settings import (
     accelerator_settings,
@@ -57,6 +62,7 @@ from library.preflight.settings import (
     length_settings,
     loss_settings,
     memory_advice,
+    memory_settings,
     network_settings,
     path_or_none,
     plan_settings,
@@ -69,29 +75,74 @@ from library.preflight.settings import (
     text_cache_settings,
 )
 from library.saving.hub import HubUploader
+from library.saving.metadata import FamilyFacts
 from library.saving.resume import resume_problems, state_to_resume, whole_state
 from library.saving.saver import told_if_unwritable
 from library.saving.state import SavedState
+from library.training.adapted_model import AdaptedModel, Conditioner
 from library.training.ema import WeightEma
 from library.training.loop import TrainingLoop
 from library.training.optimizer_names import can_be_sharded
-from library.training.optimizers import build_optimizer, build_sharded_optimizer
+from library.training.optimizers import OptimizerBundle, build_optimizer, build_sharded_optimizer
 from library.training.out_of_memory import told_clearly
-from library.training.precision import LossScaler, choose_precision
-from library.training.schedulers import build_schedule
+from library.training.precision import LossScaler, Precision, choose_precision
+from library.training.schedulers import Schedule, build_schedule
 from library.training.step import BatchLosses, StepSettings, TrainingStep
-from library.training.train_progress import TrainProgress
+from library.training.train_progress import NormReport, TrainProgress
 from networks.base_weights import BaseWeights
+from networks.lora_sd3 import first_block
+from networks.network import Network
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+FilesT = TypeVar("FilesT")
+"""How the family describes the files of its models."""
+ConditioningT = TypeVar("ConditioningT")
+"""What the family conditions its denoiser on."""
 
 
-class NetworkTrainer(ModelFamily):
+class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
+    """A run of sd3_train_network.py, or of another family's script."""
+
     def __init__(self, args: argparse.Namespace, problems: Sequence[str] = ()):
-        """args: resolved options. problems: what is known to be wrong with them; told with all else that is found."""
+        """args: resolved options. problems: known mistakes in them, reported with all others."""
         self.args = args
         self.problems = list(problems)
+        # What the stages of `train` leave, in their order.
+        self.tracking: TrackingSettings
+        self.precision: Precision
+        self.accelerator: Accelerator
+        self.device: torch.device
+        self.sharding: ShardingConfig
+        self.hub: HubUploader | None
+        self.state: SavedState | None
+        self.inspector: ModelInspector[FilesT]
+        self.plan: RunPlan[FilesT]
+        self.memory: str  # table of the memory plan
+        self.base_weights: BaseWeights
+        self.encoders: TextEncoders
+        self.roles: EncoderRoles
+        self.texts: Texts
+        self.codec: LatentCodec
+        self.latents: Latents
+        self.denoiser: TransformerModel
+        self.swapper: BlockSwapper | None
+        self.network: Network
+        self.groups: list[dict[str, object]]
+        self.parameters: list[nn.Parameter]
+        self.sharded: ShardedModel | None
+        self.reducer: GradientReducer
+        self.optimizer: OptimizerBundle
+        self.schedule: Schedule
+        self.ema: WeightEma | None
+        self.scaler: LossScaler | None
+        self.loader: Loader
+        self.validation_loader: Loader | None
+        self.conditioner: Conditioner[ConditioningT]
+        self.step: TrainingStep[ConditioningT]
 
     def train(self) -> Path | None:
         """The whole run. Returns the path of the LoRA; None for a dry run."""
@@ -105,9 +156,9 @@ class NetworkTrainer(ModelFamily):
         with self.doing("images were encoded"):
             self.cache_latents()
         with self.doing("the denoiser was loaded"):
-            self.load_denoiser()
+            self.prepare_denoiser()
             self.create_network()
-            self.share_out_denoiser()
+            self.shard_denoiser()
             self.create_optimizer()
         self.make_loaders()
         with self.doing("training"):
@@ -147,8 +198,6 @@ class NetworkTrainer(ModelFamily):
             logger.info("%s", chosen.text())
         return chosen.text()
 
-    # --- for the events of the run ------------------------------------------------------------------------------------
-
     def state_options(self) -> dict[str, object]:
         """What a state records, and a resumed run must have alike."""
         return state_options(self.args, self.plan)
@@ -162,8 +211,6 @@ class NetworkTrainer(ModelFamily):
     def initial_progress(self) -> TrainProgress | None:
         """Where --initial_step or --initial_epoch put the first step."""
         return initial_progress(length_settings(self.args), self.plan.length)
-
-    # --- the steps -------------------------------------------------------------------------------------------------
 
     def start_processes(self) -> None:
         """Find the device and the other processes; choose the number formats."""
@@ -220,69 +267,61 @@ class NetworkTrainer(ModelFamily):
             draw_dataset(plan.training, plan.validation, settings, folder, name)
 
     def cache_texts(self) -> None:
-        """Encode captions ahead where that is wanted; keep only the encoders that training still needs."""
+        """Encode captions and prompts ahead with the encoders whose outputs are cached; only the others stay loaded."""
         args, plan = self.args, self.plan
-        self.texts, self.validation_texts = None, None
         self.base_weights = BaseWeights(base_weight_files(args))
-        self.text_stage = self.make_text_stage()
+        self.encoders = self.make_text_encoders(plan.files)
         trains = dict(zip(self.inspector.encoder_names(), plan.rates.trained_text_encoders))
-        roles = encoder_roles(self.text_stage.present, trains, args.cache_text_encoder_outputs)
-        self.trained_encoders, self.live_encoders = roles.trained, roles.live
-        prompts = texts_of_prompts(plan.prompts)
-        size = args.text_encoder_batch_size or 1
-
-        def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
-            return self.text_stage.precompute(
-                texts, roles.ahead, size, lambda batches: self._progress(batches, "Encoding captions")
-            )
-
-        if roles.ahead:
-            fingerprint = self.text_stage.fingerprint(roles.ahead)
-            caption_bytes = self.inspector.caption_bytes(plan.files)
-            settings = text_cache_settings(args, fingerprint, plan.seed, caption_bytes)
-            training = TextCache(plan.index.training, settings, prompts)
-            validation = TextCache(plan.index.validation, replace(settings, variants=None))
-            self.texts = fill_texts(training, encode, self.accelerator)
-            self.validation_texts = fill_texts(validation, encode, self.accelerator)
-            self.prompt_rows = {text: self.texts.of_text(text) for text in prompts}
-        else:
-            rows = self.text_stage.precompute(prompts, roles.untrained, size) if prompts else []
-            self.prompt_rows = dict(zip(prompts, rows))
+        self.roles = encoder_roles(self.encoders.present, trains, args.cache_text_encoder_outputs)
+        fingerprint = self.encoders.fingerprint(self.roles.ahead) if self.roles.ahead else ""
+        self.texts = cache_texts(
+            self.encoders,
+            self.roles,
+            plan.index,
+            texts_of_prompts(plan.prompts),
+            text_cache_settings(args, fingerprint, plan.seed, self.inspector.caption_bytes(plan.files)),
+            args.text_encoder_batch_size or 1,
+            self.accelerator,
+            lambda batches: self._progress(batches, "Encoding captions"),
+        )
 
     def cache_latents(self) -> None:
-        """Encode images ahead where that is wanted; the VAE stays only for live encoding and previews."""
-        args, index = self.args, self.plan.index
-        self.latents, self.validation_latents = None, None
-        self.vae: Any = None
+        """Encode images ahead where latents are cached; the VAE stays loaded only for live encoding and previews."""
+        args = self.args
+        self.codec, self.latents = self.make_codec(self.plan.files), Latents()
         if not args.cache_latents:
-            self.vae = self.load_vae()
             return
+        settings = latent_cache_settings(args, self.codec.fingerprint)
+        self.latents = cache_latents(
+            self.codec, self.plan.index, settings, args.vae_batch_size, self.accelerator, self._progress
+        )
+        if args.sample_prompts:
+            self.codec.offload()
+        else:
+            self.codec.unload()
 
-        def encode(images: Tensor, noise: Tensor) -> Tensor:
-            if self.vae is None:
-                self.vae = self.load_vae()
-            return self.encode_images(images.to(self.device), noise.to(self.device))
-
-        settings = latent_cache_settings(args, self.vae_fingerprint())
-        given = (encode, args.vae_batch_size, self._progress, self.accelerator)
-        self.latents = fill_latents(LatentCache(index.training, settings), *given)
-        self.validation_latents = fill_latents(LatentCache(index.validation, settings), *given)
-        if not args.sample_prompts:
-            self.vae = None
-        elif self.vae is not None and not args.highvram:
-            offload_to_cpu(self.vae, self.device)
-
-    def load_denoiser(self) -> None:
-        """The frozen denoiser, with --base_weights merged, on its device with the memory savers that were asked for."""
+    def prepare_denoiser(self) -> None:
+        """The frozen denoiser with --base_weights merged, on its device, with the memory optimizations that were chosen."""
+        args, is_sharded = self.args, self.sharding.base is not None
         seed_everything(self.plan.seed)
-        self.denoiser = self.make_denoiser()
+        # Swapped blocks stay in CPU memory; what is sharded may not be whole on any device.
+        loads_to_device = args.lowram and not args.blocks_to_swap and not is_sharded
+        self.denoiser = self.load_denoiser(self.plan.files, self.device if loads_to_device else torch.device("cpu"))
+        self.base_weights.merge([], self.denoiser)
+        depth = len(self.denoiser.blocks)
+        blocks = min(int(args.blocks_to_swap or 0), swap_limit(depth))
+        if int(args.blocks_to_swap or 0) > blocks:
+            logger.warning(
+                "blocks_to_swap %d is lowered to %d: this model has %d blocks.", args.blocks_to_swap, blocks, depth
+            )
+        settings = memory_settings(args, blocks, is_sharded, len(self.image_sizes()) > 1)
+        self.swapper = apply_memory_optimizations(self.denoiser, settings, self.device)
 
     def create_network(self) -> None:
         """The LoRA, attached to the frozen models."""
         args, rates = self.args, self.plan.rates
         encoders = [
-            self.text_stage.model(name) if name in self.trained_encoders else None
-            for name in self.inspector.encoder_names()
+            self.encoders.model(name) if name in self.roles.trained else None for name in self.inspector.encoder_names()
         ]
         seed_everything(self.plan.seed)
         network = make_network(network_settings(args), encoders, self.denoiser if rates.unet > 0 else None)
@@ -291,19 +330,21 @@ class NetworkTrainer(ModelFamily):
         if args.gradient_checkpointing:
             for encoder in encoders:
                 if encoder is not None:
-                    self.checkpoint_encoder(encoder)
+                    self.checkpoint_text_encoder(encoder)
         groups = self.network.parameter_groups(rates)
         self.group_names = [group["name"] for group in groups]
         self.groups = groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
 
-    def share_out_denoiser(self) -> None:
+    def shard_denoiser(self) -> None:
         """Leave a share of the denoiser's weights on each process, where that is wanted."""
         self.sharded: ShardedModel | None = None
         if self.sharding.base is None:
             return
         local_sizes = self.gather([int(os.environ.get("LOCAL_WORLD_SIZE", "1"))])
-        self.sharded = self.shard(self.sharding.base, local_sizes)
+        self.sharded = ShardedModel(
+            self.denoiser, self.sharding.base, self.device, local_sizes, first_block(self.network.layers)
+        )
         logger.info("%s", self.sharded.summary())
 
     def join_uneven_inputs(self) -> AbstractContextManager[None]:
@@ -349,16 +390,16 @@ class NetworkTrainer(ModelFamily):
 
     def make_loaders(self) -> None:
         args, plan, settings = self.args, self.plan, self.loader_settings()
-        self.loader = Loader(plan.training, settings, self.latents, self.texts)
+        self.loader = Loader(plan.training, settings, self.latents.training, self.texts.training)
         self.validation_loader = (
-            Loader(plan.validation, settings, self.validation_latents, self.validation_texts)
+            Loader(plan.validation, settings, self.latents.validation, self.texts.validation)
             if plan.validation
             else None
         )
         self.validation_timesteps = validation_timesteps(flow_settings(args))
         self.validation_seed = plan.seed if args.validation_seed is None else args.validation_seed
 
-    def make_step(self) -> TrainingStep[Any]:
+    def make_step(self) -> TrainingStep[ConditioningT]:
         """One optimizer step of the run."""
         args, plan = self.args, self.plan
         datasets = (*plan.index.training, *plan.index.validation)
@@ -369,13 +410,13 @@ class NetworkTrainer(ModelFamily):
             seed=plan.seed,
             flow=flow_settings(args),
             loss=loss_settings(args),
-            trains_conditioning=bool(self.trained_encoders),
+            trains_conditioning=bool(self.roles.trained),
             base_on_all_ranks=self.sharded is not None and any_preserved,
         )
         return TrainingStep(
             settings=settings,
             accelerator=self.accelerator,
-            model=self,
+            model=AdaptedModel(self.codec, self.conditioner, self.predict, self.network),
             parameters=self.parameters,
             optimizer=self.optimizer,
             schedule=self.schedule,
@@ -388,51 +429,97 @@ class NetworkTrainer(ModelFamily):
     def run(self) -> Path:
         """Train from the start, or from where a state left off, to the end."""
         args, plan = self.args, self.plan
+        self.conditioner = self.make_conditioner()
         self.step = self.make_step()
         with RunEvents(self, self.make_previewer()) as events:
             loop = TrainingLoop(
                 self.step, args.gradient_accumulation_steps, plan.length.max_steps, [events], events.should_stop
             )
-            position = loop.run(events.begin(), self.loader.batches, plan.training.samples)
-            return events.finish(position)
-
-    # --- one micro-batch -------------------------------------------------------------------------------------------
+            progress = loop.run(events.begin(), self.loader.batches, plan.training.samples)
+            return events.finish(progress)
 
     def validation_losses(self, batch: Batch, generators: StepGenerators, timestep: int) -> BatchLosses:
         """The losses of a validation micro-batch at one timestep."""
         return self.step.losses(batch, generators, timestep)
-
-    def set_multiplier(self, multiplier: float) -> None:
-        if multiplier != self.network.multiplier:
-            self.network.set_multiplier(multiplier)
-
-    def base_model(self) -> AbstractContextManager[None]:
-        """A context in which the adapters are off."""
-        return self.network.disable_adapters()
-
-    def batch_latents(self, batch: Batch, generators: StepGenerators) -> Tensor:
-        """Normalised latents [B, 16, h, w] float32: from the cache, or encoded now."""
-        raw = batch.latents
-        if raw is None:
-            assert batch.images is not None
-            height, width = batch.images.shape[-2] // VAE_SCALE_FACTOR, batch.images.shape[-1] // VAE_SCALE_FACTOR
-            shape = (batch.images.shape[0], LATENT_CHANNELS, height, width)
-            raw = self.encode_images(batch.images, torch.randn(shape, generator=generators.device, device=self.device))
-        return self.normalise_latents(raw)
 
     def doing(self, what: str) -> AbstractContextManager[None]:
         """Inside it, a full memory is told with what was being done and what would make it fit."""
         whole_copies = self.accelerator.num_processes > 1 and self.sharding.base is None
         return told_clearly(what, self.device, memory_advice(self.args, whole_copies))
 
-    # --- inside ----------------------------------------------------------------------------------------------------
-
     def _progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
         """A progress bar on the main process."""
         return progress_bar(items, title, self.accelerator.is_main_process, total)
 
-    def _clip_norms(self) -> Any:
+    def _clip_norms(self) -> NormReport:
         return self.network.scale_weight_norms(self.args.scale_weight_norms)
+
+    def make_previewer(self) -> Previewer | None:
+        """The previews that are asked for, or None."""
+        args, plan = self.args, self.plan
+        if not plan.prompts or not (args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs):
+            return None
+        settings = PreviewSettings(
+            Path(args.output_dir),
+            args.output_name or "",
+            SAMPLERS.get(args.sample_sampler, "euler"),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            max(w * h * d.settings.batch_size for d in plan.index.training for w, h in d.buckets),
+        )
+        conditioner = self.conditioner
+        return Previewer(
+            plan.prompts,
+            settings,
+            lambda prompt, text: conditioner.of_prompt(prompt, text, self.texts.prompts[text]),
+            self.predict,
+            self.codec.decode,
+            self.device,
+            conditioner.join,
+        )
+
+    def image_sizes(self) -> set[Size]:
+        """All sizes (W, H) that the denoiser will see."""
+        datasets = (*self.plan.index.training, *self.plan.index.validation)
+        prompts = {(prompt.width, prompt.height) for prompt in self.plan.prompts}
+        return prompts.union(*(dataset.buckets for dataset in datasets))
+
+    # --- hooks: what a model family provides -----------------------------------------------------------------------
+
+    @abstractmethod
+    def make_inspector(self) -> ModelInspector[FilesT]:
+        """The family as preflight sees it: the headers of its files, and models on the meta device."""
+
+    @abstractmethod
+    def load_denoiser(self, files: FilesT, device: torch.device) -> TransformerModel:
+        """The frozen denoiser in the run's dtype on `device`; its `blocks` and `run_block` serve the memory optimizations."""
+
+    @abstractmethod
+    def make_codec(self, files: FilesT) -> LatentCodec:
+        """The autoencoder between images and latents."""
+
+    @abstractmethod
+    def make_conditioner(self) -> Conditioner[ConditioningT]:
+        """What makes a batch's and a prompt's conditioning; encoders, texts and denoiser are there."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: ConditioningT) -> Tensor:
+        """The denoiser's velocity [B, C, h, w] of noisy latents [B, C, h, w] at timesteps [B] in 0..1000."""
+
+    @abstractmethod
+    def metadata_facts(self) -> FamilyFacts:
+        """What LoRA files and the report say about the base model."""
+
+    def make_text_encoders(self, files: FilesT) -> TextEncoders:
+        """The text encoders; none by default."""
+        return NoTextEncoders()
+
+    def checkpoint_text_encoder(self, encoder: nn.Module) -> None:
+        """Recompute a trained encoder's activations in backward (--gradient_checkpointing)."""
+
+    def save_text_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
+        """Write the text encoders that are to be saved, with the LoRA merged in; return their paths."""
+        return []
 
 
 def tracking_settings(args: argparse.Namespace) -> TrackingSettings:

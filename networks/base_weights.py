@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from library.common.errors import UserError
 from networks.lora_file import read_lora
-from networks.lora_sd3 import layers_by_name
+from networks.lora_sd3 import TEXT_ENCODER_PREFIXES, layers_by_name
 from networks.merging import merge_layers
 from networks.parameter_groups import PARTS, part_of, parts_of
 from networks.weight_files import listed
@@ -44,6 +45,24 @@ class BaseWeights:
     def parts(self) -> set[str]:
         """The prefixes in parameter_groups.PARTS of all parts that change."""
         return {part for _, _, changes in self.files for part in parts_of(changes)}
+
+    def encoder_merges(
+        self, names: Sequence[str], present: Sequence[str]
+    ) -> dict[str, tuple[Callable[[nn.Module], int], str]]:
+        """For each of the present text encoders that changes: (merges into the loaded model, fingerprint).
+
+        names: the family's encoders in the order of their LoRA prefixes. A change of a missing one is left out with a warning.
+        """
+        merges = {}
+        for index, (name, part) in enumerate(zip(names, TEXT_ENCODER_PREFIXES)):
+            if part in self.parts and name not in present:
+                logger.warning("--base_weights has a LoRA for %s, which is missing: it is left out.", name)
+            elif part in self.parts:
+                merges[name] = (partial(self._merge_encoder, index, len(names)), self.fingerprint(part))
+        return merges
+
+    def _merge_encoder(self, index: int, count: int, model: nn.Module) -> int:
+        return self.merge([model if number == index else None for number in range(count)], None)
 
     def merge(self, text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None) -> int:
         """Change the given models' weights (text_encoders: CLIP-L, CLIP-G, T5-XXL, or None). Returns how many layers were.

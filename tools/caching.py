@@ -40,7 +40,7 @@ def run_cache(
             logging.basicConfig(
                 level="INFO", format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True
             )
-            from library.sd3_trainer import Sd3NetworkTrainer
+            from sd3_train_network import Sd3NetworkTrainer
 
             trainer = Sd3NetworkTrainer(options.args, options.problems)
             trainer.prepare()

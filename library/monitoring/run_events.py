@@ -229,7 +229,7 @@ class RunEvents:
 
         def write() -> None:
             with told_if_unwritable(self.names.final()):
-                written = trainer.save_encoders(lora, self.names.final().with_suffix(""))
+                written = trainer.save_text_encoders(lora, self.names.final().with_suffix(""))
             for path in written:
                 logger.info("Saved %s", path)
                 self.upload(path)

@@ -26,7 +26,7 @@ Batches = Sequence[Sequence[str]]
 class WeightChange:
     """What is done to an encoder's wide weights before use (a LoRA merged in), and what tells it from other changes."""
 
-    apply: Callable[[nn.Module], None]
+    apply: Callable[[nn.Module], object]
     fingerprint: str
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from library.data.command_line import data_options
-from library.sd3_trainer import Sd3NetworkTrainer
+from sd3_train_network import Sd3NetworkTrainer
 
 PLANNED = {
     "max_train_steps": "--max_train_steps 5",
@@ -108,7 +108,7 @@ IN_METADATA = {
 
 
 def placement(trainer: Sd3NetworkTrainer) -> Any:
-    return trainer.text_stage.placement
+    return trainer.encoders.placement
 
 
 def qkv(trainer: Sd3NetworkTrainer) -> Any:
@@ -135,19 +135,22 @@ PEEK: dict[str, tuple[str, Peek]] = {
     "optimizer_args": ("--optimizer_args weight_decay=0.5", lambda t: optimizer(t).param_groups[0]["weight_decay"]),
     "use_8bit_adam": ("--use_8bit_adam", lambda t: type(optimizer(t))),
     "use_lion_optimizer": ("--use_lion_optimizer", lambda t: type(optimizer(t))),
-    "cache_latents": ("--cache_latents", lambda t: t.latents is None),
-    "cache_latents_to_disk": ("--cache_latents_to_disk | --cache_latents", lambda t: t.latents.settings.on_disk),
-    "cache_text_encoder_outputs": ("--cache_text_encoder_outputs", lambda t: t.texts is None),
+    "cache_latents": ("--cache_latents", lambda t: t.latents.training is None),
+    "cache_latents_to_disk": (
+        "--cache_latents_to_disk | --cache_latents",
+        lambda t: t.latents.training.settings.on_disk,
+    ),
+    "cache_text_encoder_outputs": ("--cache_text_encoder_outputs", lambda t: t.texts.training is None),
     "cache_text_encoder_outputs_to_disk": (
         "--cache_text_encoder_outputs_to_disk | --cache_text_encoder_outputs",
-        lambda t: t.texts.settings.on_disk,
+        lambda t: t.texts.training.settings.on_disk,
     ),
     "text_cache_variants": (
         "--text_cache_variants 2 | --cache_text_encoder_outputs",
-        lambda t: t.texts.settings.variants,
+        lambda t: t.texts.training.settings.variants,
     ),
-    "cache_dir": ("--cache_dir {out}/cache | --cache_latents_to_disk", lambda t: t.latents.settings.cache_dir),
-    "skip_cache_check": ("--skip_cache_check | --cache_latents", lambda t: t.latents.settings.trust),
+    "cache_dir": ("--cache_dir {out}/cache | --cache_latents_to_disk", lambda t: t.latents.training.settings.cache_dir),
+    "skip_cache_check": ("--skip_cache_check | --cache_latents", lambda t: t.latents.training.settings.trust),
     "validation_seed": ("--validation_seed 3", lambda t: t.validation_seed),
     "fp8_base": ("--fp8_base", lambda t: placement(t).t5_quantization),
     "fp8_base_unet": ("--fp8_base_unet", lambda t: type(qkv(t))),
@@ -155,7 +158,7 @@ PEEK: dict[str, tuple[str, Peek]] = {
     "base_quantization": ("--base_quantization nf4", lambda t: type(qkv(t))),
     "fp8_matmul": ("--fp8_matmul | --fp8_base_unet", lambda t: type(qkv(t))),
     "t5xxl_device": ("--t5xxl_device cpu:0", lambda t: placement(t).t5_device),
-    "t5xxl_dtype": ("--t5xxl_dtype fp16", lambda t: t.text_stage.model("t5xxl").dtype),
+    "t5xxl_dtype": ("--t5xxl_dtype fp16", lambda t: t.encoders.model("t5xxl").dtype),
     "highvram": ("--highvram", lambda t: placement(t).keep_freed_memory),
     "sample_sampler": (
         "--sample_sampler heun | --sample_prompts {prompts} --sample_at_first",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.options.resolve import resolve_options
-from library.sd3_trainer import Sd3NetworkTrainer
+from sd3_train_network import Sd3NetworkTrainer
 from tests.end_to_end.conftest import Workshop
 
 UNET = "--network_train_unet_only"

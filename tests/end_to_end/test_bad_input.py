@@ -23,7 +23,7 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch):
     for target in (
         "library.sd3.text_encoder_manager.load_clip",
         "library.sd3.text_encoder_manager.load_t5",
-        "library.sd3_trainer.load_mmdit",
+        "sd3_train_network.load_mmdit",
     ):
         monkeypatch.setattr(target, loaded)
     assert load_clip is not loaded

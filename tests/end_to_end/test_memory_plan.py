@@ -10,8 +10,7 @@ from PIL import Image
 
 from library.common.errors import UserError
 from library.options.resolve import resolve_options
-from library.sd3_trainer import Sd3NetworkTrainer
-from sd3_train_network import main
+from sd3_train_network import Sd3NetworkTrainer, main
 from tests.end_to_end.conftest import Workshop
 from tests.end_to_end.runs import UNET, train
 from tests.sd3.real_sizes import hollow_checkpoint

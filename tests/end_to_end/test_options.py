@@ -32,8 +32,7 @@ from library.preflight.settings import (
     plan_settings,
     scheduler_settings,
 )
-from library.sd3_trainer import Sd3NetworkTrainer
-from sd3_train_network import main
+from sd3_train_network import Sd3NetworkTrainer, main
 from tests.end_to_end.conftest import ROOT, Workshop
 from tests.end_to_end.option_evidence import ELSEWHERE, IN_METADATA, PEEK, PLANNED, RUN
 from tests.end_to_end.runs import UNET, Run, dataset_file, image_folder, train
@@ -255,8 +254,8 @@ def test_console_options(tmp_path: Path, words: str, written: str):
     """In a process of its own: pytest has the log of this one."""
     log = tmp_path / "log.txt"
     script = (
-        "import logging, sys; from sd3_train_network import start_logging; from library.options.resolve import resolve_options;"
-        "start_logging(resolve_options(sys.argv[1:]).args); logging.info('told'); logging.error('alas')"
+        "import logging, sys; from library.common.logging_setup import start_logging; from library.options.resolve import resolve_options;"
+        "a = resolve_options(sys.argv[1:]).args; start_logging(a.console_log_level, a.console_log_file, a.console_log_simple); logging.info('told'); logging.error('alas')"
     )
     arguments = shlex.split(words.format(log=log.as_posix()))
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
@@ -268,10 +267,9 @@ def test_console_options(tmp_path: Path, words: str, written: str):
 
 def test_of_several_processes_the_first_has_the_log_and_the_others_tell_what_goes_wrong(tmp_path: Path):
     log = tmp_path / "log.txt"
-    given = f"console_log_level=None, console_log_simple=True, console_log_file={str(log)!r}"
     script = (
-        "import logging; from argparse import Namespace; from sd3_train_network import start_logging;"
-        f"start_logging(Namespace({given})); logging.info('told'); logging.error('alas')"
+        "import logging; from library.common.logging_setup import start_logging;"
+        f"start_logging(None, {str(log)!r}, True); logging.info('told'); logging.error('alas')"
     )
     environment = {**os.environ, "RANK": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -301,10 +299,10 @@ def test_encoders_get_as_many_at_once_as_asked(workshop: Workshop, tmp_path: Pat
 
 
 def test_lowram_reads_the_denoiser_onto_its_device(workshop: Workshop, tmp_path: Path, monkeypatch):
-    from library import sd3_trainer
+    import sd3_train_network
 
     asked: list[str] = []
-    load, start = sd3_trainer.load_mmdit, Sd3NetworkTrainer.start_processes
+    load, start = sd3_train_network.load_mmdit, Sd3NetworkTrainer.start_processes
 
     def note_device(part: Any, device: Any, *rest: Any) -> Any:
         asked.append(str(device))
@@ -314,7 +312,7 @@ def test_lowram_reads_the_denoiser_onto_its_device(workshop: Workshop, tmp_path:
         start(self)
         self.device = torch.device("cpu", 0)  # the training device, told from host memory by its number
 
-    monkeypatch.setattr(sd3_trainer, "load_mmdit", note_device)
+    monkeypatch.setattr(sd3_train_network, "load_mmdit", note_device)
     monkeypatch.setattr(Sd3NetworkTrainer, "start_processes", on_first_processor)
     plain = train(workshop, tmp_path / "a", UNET, max_train_steps=1)
     spared = train(workshop, tmp_path / "b", UNET, "--lowram", max_train_steps=1)

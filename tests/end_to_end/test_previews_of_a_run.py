@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -109,16 +107,10 @@ def test_a_vae_that_previews_alone_need_is_on_the_device_for_them_alone(
     more: tuple[str, ...],
     stays: bool,
 ) -> None:
-    asked, sent_home = [], []
-
-    @contextmanager
-    def onload(model: nn.Module, device: torch.device, keep_resident: bool) -> Iterator[None]:
-        asked.append(keep_resident)
-        yield
-
-    monkeypatch.setattr("library.sd3_trainer.onload", onload)
-    monkeypatch.setattr("library.network_trainer.offload_to_cpu", lambda model, device: sent_home.append(model))
+    offloaded: list[nn.Module] = []
+    monkeypatch.setattr("library.sd3.codec.offload_to_cpu", lambda model, device: offloaded.append(model))
     looked = ("--sample_prompts", str(prompts), "--sample_at_first")
     run = train(workshop, tmp_path, UNET, *looked, *more, max_train_steps=1)
-    assert asked == [stays] * 3
-    assert sent_home == ([] if stays else [run.trainer.vae])
+    assert offloaded == (
+        [] if stays else [run.trainer.codec.vae] * 4
+    )  # after caching, and after each of three previews

@@ -73,7 +73,7 @@ def test_a_full_memory_says_what_was_done_and_what_would_help(workshop: Workshop
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("library.sd3_trainer.load_mmdit", full)
+    monkeypatch.setattr("sd3_train_network.load_mmdit", full)
     assert main(workshop.arguments(tmp_path, UNET)) == 2
     told = capsys.readouterr().err
     assert "while the denoiser was loaded" in told and "--gradient_checkpointing" in told and "--blocks_to_swap" in told
@@ -123,14 +123,20 @@ def test_a_disk_that_fills_up_while_a_state_is_written_leaves_the_one_before(
     assert state is not None and state.component("optimizer") is not None
 
 
-@pytest.mark.parametrize(("doing", "target"), [("drawing previews", "decode"), ("validating", "validation_losses")])
+@pytest.mark.parametrize(
+    ("doing", "target"),
+    [
+        ("drawing previews", "library.sd3.codec.LatentCodec.decode"),
+        ("validating", "sd3_train_network.Sd3NetworkTrainer.validation_losses"),
+    ],
+)
 def test_a_memory_that_is_full_between_steps_is_told_with_what_was_done(
     workshop: Workshop, tmp_path: Path, monkeypatch, capsys, doing, target
 ):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(f"library.sd3_trainer.Sd3NetworkTrainer.{target}", full)
+    monkeypatch.setattr(target, full)
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
     more = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "1", "--validate_every_n_steps", "1")
@@ -164,7 +170,7 @@ def test_ctrl_c_before_training_is_no_crash(workshop: Workshop, tmp_path: Path, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("library.sd3_trainer.load_mmdit", interrupted)
+    monkeypatch.setattr("sd3_train_network.load_mmdit", interrupted)
     assert main(workshop.arguments(tmp_path, UNET)) == 130
     assert "Stopped before training" in capsys.readouterr().err
 

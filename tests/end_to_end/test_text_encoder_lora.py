@@ -46,7 +46,7 @@ def test_only_trained_encoders_build_a_graph_and_all_stay_in_eval_mode(workshop:
     encoding = run.trainer.encoding_of(["a cat"], None)
     graphs = {name: tensor.requires_grad for name, tensor in encoding.to_dict().items()}
     assert graphs == {"clip_l": True, "pooled_l": True, "clip_g": False, "pooled_g": False, "t5": False}
-    assert not any(module.training for model in run.trainer.text_stage.models.values() for module in model.modules())
+    assert not any(module.training for model in run.trainer.encoders.models.values() for module in model.modules())
     assert run.trainer.network.training
 
 
@@ -62,7 +62,7 @@ def test_untrained_encoders_can_be_cached_while_others_are_trained(workshop: Wor
     cached = train(workshop, tmp_path / "b", "--cache_text_encoder_outputs")
     a, b = live.weights(), cached.weights()
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    assert set(cached.trainer.text_stage.models) == {"clip_l", "clip_g"}  # T5 was freed
+    assert set(cached.trainer.encoders.models) == {"clip_l", "clip_g"}  # T5 was freed
 
 
 def test_text_encoders_alone_are_trained_through_the_frozen_denoiser(workshop: Workshop, tmp_path: Path):
@@ -136,7 +136,7 @@ def test_network_weights_of_another_shape_are_named(workshop: Workshop, tmp_path
 
 
 def test_a_trained_t5_must_be_on_the_training_device(workshop: Workshop, tmp_path: Path, monkeypatch):
-    from library.sd3_trainer import Sd3NetworkTrainer
+    from sd3_train_network import Sd3NetworkTrainer
 
     start = Sd3NetworkTrainer.start_processes
 

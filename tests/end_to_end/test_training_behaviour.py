@@ -199,9 +199,9 @@ def test_a_datasets_network_multiplier_reaches_the_lora(workshop: Workshop, tmp_
 def test_number_formats(workshop: Workshop, tmp_path: Path, words, computes, trained, vae):
     run = train(workshop, tmp_path, UNET, *words, max_train_steps=1)
     trainer = run.trainer
-    assert trainer.denoiser.dtype == computes and trainer.text_stage.model("t5xxl").dtype == computes
+    assert trainer.denoiser.dtype == computes and trainer.encoders.model("t5xxl").dtype == computes
     assert {parameter.dtype for parameter in trainer.parameters} == {trained}
-    assert next(trainer.vae.parameters()).dtype == vae
+    assert next(trainer.codec.vae.parameters()).dtype == vae
     assert all(np.isfinite(loss) for loss in run.losses) and run.moved()["unet"] > 0
 
 

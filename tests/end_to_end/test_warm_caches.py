@@ -50,7 +50,7 @@ def test_the_second_run_loads_neither_encoders_nor_vae(
     for name in (
         "library.sd3.text_encoder_manager.load_clip",
         "library.sd3.text_encoder_manager.load_t5",
-        "library.sd3_trainer.load_vae",
+        "library.sd3.codec.load_vae",
     ):
         monkeypatch.setattr(name, loaded)
     assert main(words(workshop, own_images, tmp_path / "warm")) == 0
@@ -109,7 +109,7 @@ def test_the_caching_tools_fill_what_training_reads(workshop: Workshop, own_imag
     for name in (
         "library.sd3.text_encoder_manager.load_clip",
         "library.sd3.text_encoder_manager.load_t5",
-        "library.sd3_trainer.load_vae",
+        "library.sd3.codec.load_vae",
     ):
         monkeypatch.setattr(name, loaded)
     assert main(words(workshop, own_images, tmp_path / "warm")) == 0

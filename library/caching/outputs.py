@@ -1,0 +1,71 @@
+"""What a run computes once, before it trains: the text encoders' outputs for captions and prompts, and the images' latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from library.caching.fill import EncoderRoles, Processes, fill_latents, fill_texts
+from library.caching.latents import LatentCache, LatentCacheSettings, Wrap
+from library.caching.text import TextCache, TextCacheSettings
+from library.common.model_family import LatentCodec, TextEncoders
+from library.data.index import DatasetIndex
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The outputs of the encoders that do not run in training. training, validation: None where all of them do."""
+
+    training: TextCache | None
+    validation: TextCache | None
+    prompts: dict[str, dict[str, Tensor]]  # by the text of a preview prompt
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of the images; None where images are encoded in training."""
+
+    training: LatentCache | None = None
+    validation: LatentCache | None = None
+
+
+def cache_texts(
+    encoders: TextEncoders,
+    roles: EncoderRoles,
+    index: DatasetIndex,
+    prompts: Sequence[str],
+    settings: TextCacheSettings,
+    batch_size: int,
+    processes: Processes,
+    wrap: Callable[[Iterable[Sequence[str]]], Iterable[Sequence[str]]],
+) -> Texts:
+    """Encode every distinct caption and prompt once with the encoders of `roles.ahead`, which are loaded only if something is missing.
+
+    wrap: puts a progress bar around the batches of an encoder.
+    """
+    if not roles.ahead:
+        rows = encoders.precompute(prompts, roles.untrained, batch_size) if prompts else []
+        return Texts(None, None, dict(zip(prompts, rows)))
+
+    def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        return encoders.precompute(texts, roles.ahead, batch_size, wrap)
+
+    training = fill_texts(TextCache(index.training, settings, prompts), encode, processes)
+    validation = fill_texts(TextCache(index.validation, replace(settings, variants=None)), encode, processes)
+    return Texts(training, validation, {text: training.of_text(text) for text in prompts})
+
+
+def cache_latents(
+    codec: LatentCodec,
+    index: DatasetIndex,
+    settings: LatentCacheSettings,
+    batch_size: int,
+    processes: Processes,
+    wrap: Wrap,
+) -> Latents:
+    """Encode every image once; the VAE is loaded only if something is missing."""
+    training = fill_latents(LatentCache(index.training, settings), codec.encode, batch_size, wrap, processes)
+    validation = fill_latents(LatentCache(index.validation, settings), codec.encode, batch_size, wrap, processes)
+    return Latents(training, validation)
