@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/options.md, and the tables inside the guides, in both languages, from the tables of options.
+"""Write docs/options.md, and the tables inside the guides, in both languages, from the rows of options and the dataset file's keys.
 
 A guide has a table between the lines `<!-- options: TITLE -->` and `<!-- end of options -->`, TITLE being that of a group.
 `--check` only compares, for the tests.
@@ -8,6 +8,7 @@ A guide has a table between the lines `<!-- options: TITLE -->` and `<!-- end of
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from library.common.files import write_text  # noqa: E402
+from library.data.keys import STYLES, DeclaredKey, Level  # noqa: E402
+from library.data.settings import KEYS  # noqa: E402
 from library.options.option import METAVARS, Group, Kind, Option  # noqa: E402
 from library.options.table import GROUPS, OPTIONS  # noqa: E402
 
@@ -27,6 +30,9 @@ class Language:
     title: str
     introduction: str
     header: str
+    keys_title: str
+    keys_introduction: str
+    keys_header: str
     japanese: bool = False
 
     def group_title(self, group: Group) -> str:
@@ -47,6 +53,10 @@ ENGLISH = Language(
     "`--switch=false` turns off one that the file turns on.\n\n"
     "This page is made by `tools/make_option_docs.py` from the same tables that the program reads.",
     "| Option | Value | Default | What it does |",
+    "Keys of the dataset file",
+    "The keys of the file that `--dataset_config` names, and where each may be written. The innermost value counts: that of the subset, of the "
+    "dataset, of `[general]`, of the option, and last the default. In parentheses: the kinds of subset that know the key, where not all do (a folder, a metadata file, a folder with masks).",
+    "| Key | Where | Default | Option |",
 )
 JAPANESE = Language(
     "docs/ja/options.md",
@@ -56,10 +66,15 @@ JAPANESE = Language(
     "スイッチは値を取りませんが、ファイルで有効にしたものを`--switch=false`で無効にできます。\n\n"
     "このページは、プログラムが読むものと同じ表から`tools/make_option_docs.py`が作ります。",
     "| オプション | 値 | 既定値 | 説明 |",
+    "データセットファイルの項目",
+    "`--dataset_config`のファイルに書ける項目と、書ける場所です。サブセット、データセット、`[general]`、オプション、既定値の順に、"
+    "最も内側の値が使われます。括弧内は、その項目を使える種類のサブセットです(folder: 画像フォルダ、metadata: メタデータファイル、mask: マスク付きのフォルダ)。requiredは必須です。",
+    "| 項目 | 場所 | 既定値 | オプション |",
     japanese=True,
 )
 
 
+LEVELS: dict[Level, str] = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
 GUIDES = ("train_network.md", "sd3_train_network.md")
 MARKED = re.compile(r"(<!-- options: (.+?) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 
@@ -75,6 +90,7 @@ def page(language: Language) -> str:
     )
     parts = [f"# {language.title}\n\n{introduction}\n"]
     parts += [f"## {language.group_title(group)}\n\n{table(group, language)}" for group in GROUPS]
+    parts.append(f"## {language.keys_title}\n\n{language.keys_introduction}\n\n{keys_table(language)}")
     return "\n".join(parts)
 
 
@@ -82,6 +98,11 @@ def table(group: Group, language: Language) -> str:
     """A group's options as a Markdown table."""
     rows = [_row(option, language) for option in group.options]
     return "\n".join([language.header, "|---|---|---|---|", *rows, ""])
+
+
+def keys_table(language: Language) -> str:
+    """The keys of the dataset file as a Markdown table."""
+    return "\n".join([language.keys_header, "|---|---|---|---|", *(_key_row(key) for key in KEYS.values()), ""])
 
 
 def filled(guide: str, language: Language) -> str:
@@ -106,6 +127,16 @@ def _row(option: Option, language: Language) -> str:
     text = language.help(option)
     cells = [f"`{option.flag}`", _value(option), _default(option), text]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _key_row(key: DeclaredKey) -> str:
+    where = ", ".join(f"`{LEVELS[level]}`" for level in key.key.levels)
+    if key.key.styles != STYLES:
+        where += f" ({', '.join(key.key.styles)})"
+    if key.key.required:
+        where += f"; required: {', '.join(key.key.required)}"
+    default = "" if key.default in (None, "", {}) else f"`{json.dumps(key.default)}`"
+    return f"| `{key.name}` | {where} | {default} | {f'`--{key.option}`' if key.option else ''} |"
 
 
 def _value(option: Option) -> str:

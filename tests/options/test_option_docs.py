@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from library.data.settings import KEYS
 from library.options.table import BY_NAME, GROUPS, OPTIONS
 from tools.make_option_docs import ENGLISH, GUIDES, JAPANESE, MARKED, ROOT, Language, filled, main, page
 
@@ -25,6 +26,12 @@ def test_page_has_a_row_of_four_cells_for_each_option(language: Language) -> Non
     for line in page(language).splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
+
+
+@languages
+def test_page_has_a_row_for_each_key_of_the_dataset_file(language: Language) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (?:`--(\w+)`)? ?\|$", page(language), re.MULTILINE)
+    assert rows == [(name, key.option or "") for name, key in KEYS.items()]
 
 
 def test_every_option_and_title_has_its_japanese_text() -> None:
