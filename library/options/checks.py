@@ -33,7 +33,7 @@ def is_given(args: argparse.Namespace, dest: str) -> bool:
 
 def _required(args: argparse.Namespace) -> list[str]:
     return [
-        f"{option.flag} is missing: {option.required}."
+        f"--{option.dest} is missing: {option.required}."
         for option in OPTIONS
         if option.required and not getattr(args, option.dest)
     ]
@@ -49,7 +49,7 @@ def _without_effect(args: argparse.Namespace) -> list[str]:
 
 def _needs(args: argparse.Namespace) -> list[str]:
     return [
-        f"{option.flag} needs {_either(option.requires)}."
+        f"--{option.dest} needs {_either(option.requires)}."
         for option in _set_options(args)
         if option.requires and not _any_given(args, option.requires)
     ]
@@ -58,12 +58,12 @@ def _needs(args: argparse.Namespace) -> list[str]:
 def _useless(args: argparse.Namespace) -> list[str]:
     options = _set_options(args)
     lacking = [
-        f"{option.flag} changes nothing without {_either(option.useless_without)}."
+        f"--{option.dest} changes nothing without {_either(option.useless_without)}."
         for option in options
         if option.useless_without and not _any_given(args, option.useless_without)
     ]
     replaced = [
-        f"{option.flag} changes nothing with --{option.replaced_by}."
+        f"--{option.dest} changes nothing with --{option.replaced_by}."
         for option in options
         if option.replaced_by and is_given(args, option.replaced_by)
     ]
@@ -77,7 +77,7 @@ def _out_of_range(args: argparse.Namespace) -> list[str]:
         value = getattr(args, option.dest)
         for each in value if isinstance(value, list) else [value]:
             if each is not None and each != "auto" and not option.in_range(each):
-                problems.append(f"{option.flag} must be {option.range_text()}, but it is {each}.")
+                problems.append(f"--{option.dest} must be {option.range_text()}, but it is {each}.")
     return problems
 
 
@@ -105,7 +105,7 @@ def _either(dests: tuple[str, ...]) -> str:
 
 def _excludes(args: argparse.Namespace) -> list[str]:
     return [
-        f"{option.flag} and --{other} can't be combined: {reason}. Leave one out."
+        f"--{option.dest} and --{other} can't be combined: {reason}. Leave one out."
         for option in _set_options(args)
         for other, reason in option.excludes.items()
         if is_given(args, other)

@@ -65,5 +65,5 @@ def _never(args: argparse.Namespace) -> list[str]:
         interval = getattr(args, option.dest)
         if option.zero_is_off and interval is not None and interval <= 0:
             setattr(args, option.dest, None)
-            notes.append(f"{option.flag} {interval} turns it off: intervals count from 1.")
+            notes.append(f"--{option.dest} {interval} turns it off: intervals count from 1.")
     return notes
