@@ -1,4 +1,6 @@
-"""Rectified flow: which timesteps are drawn, how noise is mixed in, how errors are weighted.
+"""Rectified flow: which timesteps are drawn, how noise is mixed in, how errors are weighted. Open this file first.
+
+The loss itself is in loss.py; samplers.py integrates the same path from noise to an image.
 
 The straight path from an image to noise is x_t = (1 - sigma) * x0 + sigma * eps with sigma = t / 1000, and the model
 predicts the velocity v = eps - x0 along it (Esser et al. 2024, "Scaling Rectified Flow Transformers", sections 2 and 3).

@@ -1,4 +1,8 @@
-"""The memory optimizations of a denoiser, in the order in which they are applied."""
+"""The memory optimizations of a denoiser, in the order in which they are applied. Open this file first.
+
+One file each: quantization.py, compilation.py, checkpointing.py, recompute.py (pointwise steps), block_swap.py; offload.py keeps
+encoders and the VAE in host memory between uses. estimator/ computes what a step takes and chooses among the options.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""From a part of a checkpoint to a frozen model on a device: made without memory, filled once, nothing left out."""
+"""Load the denoiser and the VAE of Stable Diffusion 3 onto a device, frozen. Open this file first.
+
+A model is made on the meta device from its tensors' shapes and filled by one strict `load_state_dict(assign=True)`. In order:
+checkpoint.py (which file holds what) -> this file -> mmdit.py (the denoiser), vae.py; and for text: tokenizers.py ->
+text_encoders.py -> text_encoder_manager.py (loads and frees them) -> conditioning.py (what the denoiser is conditioned on).
+"""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ class StorageTracker(TorchDispatchMode):
         self,
         func: Callable[..., object],
         types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
+        arguments: tuple[object, ...] = (),
+        keywords: Mapping[str, object] | None = None,
     ) -> object:
-        out = func(*args, **(kwargs or {}))
+        out = func(*arguments, **(keywords or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
@@ -79,12 +79,12 @@ class FusedAttention(TorchFunctionMode):
         self,
         func: Callable[..., object],
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
+        arguments: tuple[Any, ...] = (),
+        keywords: Mapping[str, object] | None = None,
     ) -> object:
-        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            return self._attention(*args[:3])
-        return func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.scaled_dot_product_attention and arguments[0].is_meta:
+            return self._attention(*arguments[:3])
+        return func(*arguments, **(keywords or {}))
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         aten = torch.ops.aten
