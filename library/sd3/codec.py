@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +63,8 @@ class LatentCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalized latents [B, 16, h, w] -> images [B, 3, 8h, 8w] in -1..1. The VAE goes back to CPU memory unless it is to stay."""
-        vae = self.vae.to(self.device)
-        try:
-            return vae.decode(denormalize(latents))
-        finally:
-            self.offload()
+        with onload(self.vae, self.device, self.settings.keep_on_device):
+            return self.vae.decode(denormalize(latents))
 
     def offload(self) -> None:
         """Move the VAE, if it is loaded, to CPU memory and release its device memory, unless it is to stay."""
@@ -78,8 +77,20 @@ class LatentCodec:
 
 
 def offload_to_cpu(model: nn.Module, device: torch.device) -> None:
-    """Move a model from `device` to CPU memory and release the device memory that it leaves."""
-    if device.type != "cpu":
-        model.to("cpu")
+    """Move a model from `device` into host memory and release its device memory; do nothing where `device` is the CPU."""
+    if device.type == "cpu":
+        return
+    model.to("cpu")
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def onload(model: nn.Module, device: torch.device, keep_resident: bool) -> Iterator[None]:
+    """Inside, the model is on `device`; afterwards, also after an error, it is back in host memory, unless `keep_resident`."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        if not keep_resident:
+            offload_to_cpu(model, device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.offload import offload_to_cpu, onload
+from library.sd3.codec import offload_to_cpu, onload
 
 ELSEWHERE = torch.device("cuda", 0)  # its moves are noted, so that no such device is needed
 
