@@ -65,10 +65,10 @@ def parse_resolution(text: str | None) -> list[int] | None:
     """ "1024" -> [1024, 1024], "832,1216" -> [832, 1216] (W, H), nothing -> None."""
     if not text:
         return None
-    found = re.fullmatch(r"\s*\(?\s*(\d+)\s*(?:[,xX]\s*(\d+)\s*)?\)?\s*", text)
-    if found is None:
+    match = re.fullmatch(r"\s*\(?\s*(\d+)\s*(?:[,xX]\s*(\d+)\s*)?\)?\s*", text)
+    if match is None:
         raise UserError(f'--resolution must be "S" or "W,H", as in 1024 or 832,1216, but it is "{text}".')
-    width, height = found.group(1), found.group(2) or found.group(1)
+    width, height = match.group(1), match.group(2) or match.group(1)
     return [int(width), int(height)]
 
 
@@ -87,7 +87,7 @@ def dataset_tables(command_line: CommandLineData) -> dict[str, Any]:
     """The command line's datasets as the tables of a dataset file: `--in_json`, or the `10_name` folders of `--train_data_dir`.
 
     Each folder becomes a subset with its number as num_repeats and its name as class_tokens; folders of `--reg_data_dir` are
-    regularisation. Raises UserError where nothing can be found.
+    regularization. Raises UserError where there is none.
     """
     if not command_line.train_data_dir and not command_line.in_json:
         raise UserError("No dataset is given: pass --dataset_config, or --train_data_dir with subfolders like 10_name.")
@@ -101,8 +101,8 @@ def dataset_tables(command_line: CommandLineData) -> dict[str, Any]:
     if command_line.reg_data_dir and command_line.masked_loss and command_line.conditioning_data_dir:
         problems.add("--reg_data_dir can't be used with --conditioning_data_dir: regularisation images have no masks.")
     elif command_line.reg_data_dir:
-        regularisation = _numbered_folders(command_line.reg_data_dir, "--reg_data_dir", problems)
-        subsets += [{**subset, "is_reg": True} for subset in regularisation]
+        regularization = _numbered_folders(command_line.reg_data_dir, "--reg_data_dir", problems)
+        subsets += [{**subset, "is_reg": True} for subset in regularization]
     problems.raise_if_any()
     return {"datasets": [{"subsets": subsets}]}
 
@@ -118,12 +118,12 @@ def _numbered_folders(parent: str | None, option: str, problems: Problems) -> li
         return []
     subsets = []
     for folder in folders:
-        found = re.match(r"(\d+)(?:_(.*))?$", folder.name, re.DOTALL)
-        if found is None or int(found.group(1)) == 0:
+        match = re.match(r"(\d+)(?:_(.*))?$", folder.name, re.DOTALL)
+        if match is None or int(match.group(1)) == 0:
             logger.warning("%s: %s is left out, its name does not begin with a number above 0", option, folder)
             continue
         subsets.append(
-            {"image_dir": str(folder), "num_repeats": int(found.group(1)), "class_tokens": found.group(2) or ""}
+            {"image_dir": str(folder), "num_repeats": int(match.group(1)), "class_tokens": match.group(2) or ""}
         )
     if not subsets:
         problems.add(

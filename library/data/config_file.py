@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Place = tuple[str, ...]
+TablePath = tuple[str, ...]
 """("general",), ("datasets", "0"), ("datasets", "0", "subsets", "1"), and such a tuple followed by a key."""
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([A-Za-z0-9_.\- ]+?)\s*\]\]?\s*(?:#.*)?$")
@@ -30,20 +30,20 @@ class Source:
 
     name: str
     tables: Mapping[str, Any]
-    lines: Mapping[Place, int]
+    lines: Mapping[TablePath, int]
 
-    def where(self, place: Place, key: str = "") -> str:
-        """The place's name for messages: file, line where it is known, table."""
-        line = self.lines.get((*place, key)) or self.lines.get(place)
+    def where(self, at: TablePath, key: str = "") -> str:
+        """The name of a table or key for messages: file, line where it is known, table."""
+        line = self.lines.get((*at, key)) or self.lines.get(at)
         parts = [self.name]
         if line:
             parts.append(f"line {line}")
-        if place[:1] == ("datasets",):
-            parts.append(f"dataset {int(place[1]) + 1}" if len(place) > 1 else "datasets")
-            if len(place) > 3:
-                parts.append(f"subset {int(place[3]) + 1}")
-        elif place:
-            parts.append(f"[{place[0]}]")
+        if at[:1] == ("datasets",):
+            parts.append(f"dataset {int(at[1]) + 1}" if len(at) > 1 else "datasets")
+            if len(at) > 3:
+                parts.append(f"subset {int(at[3]) + 1}")
+        elif at:
+            parts.append(f"[{at[0]}]")
         return ", ".join(parts)
 
 
@@ -81,14 +81,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def find_lines(text: str) -> dict[Place, int]:
+def find_lines(text: str) -> dict[TablePath, int]:
     """Map each table and each key that begins a line to its line number, from 1.
 
     Only plain layouts are understood: [general], [[datasets]], [[datasets.subsets]] and keys at the start of a line. What
     stands in an inline table has no entry, and a message about it goes without a number.
     """
-    lines: dict[Place, int] = {}
-    table: Place = ()
+    lines: dict[TablePath, int] = {}
+    table: TablePath = ()
     datasets = subsets = -1
     inside = ""  # the quotes of a multi-line string that is still open
     for number, line in enumerate(text.splitlines(), 1):
@@ -114,9 +114,9 @@ def find_lines(text: str) -> dict[Place, int]:
 
 def _open_quotes(line: str, inside: str) -> str:
     """The multi-line quotes that are open at the end of `line`, given those open at its start."""
-    for found in re.findall(r'"""|\'\'\'', line):
+    for quotes in re.findall(r'"""|\'\'\'', line):
         if not inside:
-            inside = found
-        elif found == inside:
+            inside = quotes
+        elif quotes == inside:
             inside = ""
     return inside

@@ -53,14 +53,10 @@ def declared_keys(settings: Iterable[type]) -> dict[str, DeclaredKey]:
         hints = get_type_hints(owner, include_extras=True)
         for each in fields(owner):
             hint = hints[each.name]
-            found = [part for part in get_args(hint)[1:] if isinstance(part, Key)] if _is_annotated(hint) else []
-            for key in found:
+            parts = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+            for key in (part for part in parts if isinstance(part, Key)):
                 keys[each.name] = DeclaredKey(each.name, key, key.written or hint, _default(each))
     return keys
-
-
-def _is_annotated(hint: object) -> bool:
-    return get_origin(hint) is Annotated
 
 
 def _default(each: Field[Any]) -> object:

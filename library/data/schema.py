@@ -74,7 +74,7 @@ def check(model: type[Keys], table: Table) -> tuple[dict[str, Any], list[tuple[s
 def _sentence(key: str, detail: ErrorDetails) -> str:
     """One pydantic error as a sentence about `key`."""
     limits = detail.get("ctx", {})
-    wanted = {
+    expectation = {
         "bool_type": "must be true or false",
         "int_type": "must be a whole number",
         "float_type": "must be a number",
@@ -86,7 +86,7 @@ def _sentence(key: str, detail: ErrorDetails) -> str:
         "less_than_equal": f"must be at most {limits.get('le')}",
         "literal_error": f"must be one of {limits.get('expected')}",
     }.get(detail["type"], detail["msg"])
-    return f'key "{key}" {wanted}, but it is {detail["input"]!r}'
+    return f'key "{key}" {expectation}, but it is {detail["input"]!r}'
 
 
 def unknown_key(key: str, model: type[Keys]) -> str:
@@ -108,5 +108,5 @@ def unknown_key(key: str, model: type[Keys]) -> str:
 def nearest(key: str, known: Iterable[str]) -> str:
     """A clause that offers the known name closest to `key`, or all of them where none is close."""
     names = sorted(known)
-    found = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
-    return f'; did you mean "{found[0]}"?' if found else f"; known keys: {', '.join(names)}"
+    near = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
+    return f'; did you mean "{near[0]}"?' if near else f"; known keys: {', '.join(names)}"

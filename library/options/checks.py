@@ -26,7 +26,7 @@ def check_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return problems, [*_without_effect(args), *_useless(args)]
 
 
-def is_given(args: argparse.Namespace, dest: str) -> bool:
+def is_set(args: argparse.Namespace, dest: str) -> bool:
     """Whether the option's value differs from its default."""
     return bool(getattr(args, dest) != BY_NAME[dest].default)
 
@@ -51,7 +51,7 @@ def _needs(args: argparse.Namespace) -> list[str]:
     return [
         f"--{option.dest} needs {_either(option.requires)}."
         for option in _set_options(args)
-        if option.requires and not _any_given(args, option.requires)
+        if option.requires and not _any_set(args, option.requires)
     ]
 
 
@@ -60,12 +60,12 @@ def _useless(args: argparse.Namespace) -> list[str]:
     lacking = [
         f"--{option.dest} changes nothing without {_either(option.useless_without)}."
         for option in options
-        if option.useless_without and not _any_given(args, option.useless_without)
+        if option.useless_without and not _any_set(args, option.useless_without)
     ]
     replaced = [
         f"--{option.dest} changes nothing with --{option.replaced_by}."
         for option in options
-        if option.replaced_by and is_given(args, option.replaced_by)
+        if option.replaced_by and is_set(args, option.replaced_by)
     ]
     return lacking + replaced + _nothing_left_to_be_lean(args)
 
@@ -92,11 +92,11 @@ def _nothing_left_to_be_lean(args: argparse.Namespace) -> list[str]:
 
 def _set_options(args: argparse.Namespace, kind: Kind | None = None) -> list[Option]:
     """The options whose values differ from their defaults: all of them, or those of one kind."""
-    return [option for option in OPTIONS if kind in (None, option.kind) and is_given(args, option.dest)]
+    return [option for option in OPTIONS if kind in (None, option.kind) and is_set(args, option.dest)]
 
 
-def _any_given(args: argparse.Namespace, dests: tuple[str, ...]) -> bool:
-    return any(is_given(args, dest) for dest in dests)
+def _any_set(args: argparse.Namespace, dests: tuple[str, ...]) -> bool:
+    return any(is_set(args, dest) for dest in dests)
 
 
 def _either(dests: tuple[str, ...]) -> str:
@@ -108,7 +108,7 @@ def _excludes(args: argparse.Namespace) -> list[str]:
         f"--{option.dest} and --{other} can't be combined: {reason}. Leave one out."
         for option in _set_options(args)
         for other, reason in option.excludes.items()
-        if is_given(args, other)
+        if is_set(args, other)
     ]
 
 

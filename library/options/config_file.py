@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from library.common.errors import Problems, UserError
 from library.common.files import write_text
@@ -28,24 +27,24 @@ def config_path(name: str) -> Path:
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, object]:
     """The options that the file sets, by dest. Sections are for order alone and may have any name.
 
     Raises UserError with every problem: unreadable, not TOML, unknown keys, wrong types, wrong choices, keys set twice.
     """
     known, problems = BY_NAME, Problems()
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
+    values: dict[str, object] = {}
+    set_by: dict[str, str] = {}
     for section, key, value in _entries(_read_toml(path)):
         where = f"{path}, {f'[{section}] ' if section else ''}{key}"
         if key not in known:
             problems.add(f"{where}: {unknown_option(key, known)}")
         elif key in COMMAND_LINE_ONLY:
             problems.add(f"{where}: this option is for the command line alone; take it out of the file.")
-        elif known[key].dest in places:
-            problems.add(f"{where}: {places[known[key].dest]} sets this already; keep one of them.")
+        elif known[key].dest in set_by:
+            problems.add(f"{where}: {set_by[known[key].dest]} sets this already; keep one of them.")
         else:
-            places[known[key].dest] = f"[{section}] {key}" if section else key
+            set_by[known[key].dest] = f"[{section}] {key}" if section else key
             try:
                 values[known[key].dest] = toml_value(known[key], value)
             except ValueError as error:
@@ -86,7 +85,7 @@ def config_text(args: argparse.Namespace) -> str:
     return "\n".join(sections)
 
 
-def toml_value(option: Option, value: Any) -> Any:
+def toml_value(option: Option, value: object) -> object:
     """A TOML value as the option's own type. Raises ValueError with what is wanted.
 
     An integer is taken where a float or a text is meant, and one value where a list is meant.
@@ -100,7 +99,7 @@ def toml_value(option: Option, value: Any) -> Any:
     return _toml_single(option, value)
 
 
-def _toml_single(option: Option, value: Any) -> Any:
+def _toml_single(option: Option, value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(
             f"it must be {'a single value' if isinstance(value, list) else 'text or a number'}, but it is {_shown(value)}"
@@ -112,7 +111,7 @@ def _toml_single(option: Option, value: Any) -> Any:
     return read_value(option, value if isinstance(value, str) else str(value))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
@@ -122,7 +121,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config_file: {path} is not valid TOML: {error or 'too deeply nested'}.") from None
 
 
-def _entries(tables: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _entries(tables: dict[str, object]) -> Iterator[tuple[str, str, object]]:
     """(section or "", key, value) of each entry; a section is a table at the top."""
     for key, value in tables.items():
         if isinstance(value, dict):
@@ -131,7 +130,7 @@ def _entries(tables: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield "", key, value
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     """A bool, number, text or list of them as TOML."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_toml(each) for each in value)}]"
@@ -140,6 +139,6 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = str(value) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 
 class Kind(Enum):
@@ -29,9 +28,9 @@ class Option:
     flag: str
     help: str
     help_ja: str
-    type: Callable[[str], Any] = str
-    default: Any = None
-    choices: tuple[Any, ...] | None = None
+    type: Callable[[str], object] = str
+    default: object = None
+    choices: tuple[object, ...] | None = None
     nargs: str | None = None
 
     # The range of the value, or of each value of a list. "auto" and None are in every range.
@@ -127,7 +126,7 @@ def int_or_auto(text: str) -> int | str:
     return "auto" if text == "auto" else int(text)
 
 
-TYPE_NAMES: dict[Callable[[str], Any], str] = {
+TYPE_NAMES: dict[Callable[[str], object], str] = {
     str: "text",
     path: "a path",
     int: "a whole number",
@@ -136,7 +135,7 @@ TYPE_NAMES: dict[Callable[[str], Any], str] = {
     int_or_auto: 'a whole number or "auto"',
     bool: "true or false",
 }
-METAVARS: dict[Callable[[str], Any], str] = {
+METAVARS: dict[Callable[[str], object], str] = {
     str: "TEXT",
     path: "PATH",
     int: "N",
@@ -146,7 +145,7 @@ METAVARS: dict[Callable[[str], Any], str] = {
 }
 
 
-def read_value(option: Option, text: str) -> Any:
+def read_value(option: Option, text: str) -> object:
     """One value of `option` from text. Raises ValueError with the sentence that says what is wanted."""
     try:
         value = option.type(text)
@@ -163,7 +162,7 @@ def read_switch(option: Option, text: str) -> bool:
     return (text.lower() == "true") is not bool(option.turns_off)
 
 
-def check_choice(option: Option, value: Any) -> None:
+def check_choice(option: Option, value: object) -> None:
     """Raises ValueError where `value` is none of the option's choices."""
     if option.choices is not None and value not in option.choices:
         listed = ", ".join(str(choice) for choice in option.choices)

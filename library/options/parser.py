@@ -49,15 +49,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     `-h` and `--help` print the help and raise SystemExit(0).
     """
-    return argparse.Namespace(**{**default_values(), **given_values(argv)})
+    return argparse.Namespace(**{**default_values(), **command_line_values(argv)})
 
 
-def default_values() -> dict[str, Any]:
+def default_values() -> dict[str, object]:
     """Every option's default, by dest."""
     return {option.dest: option.default for option in OPTIONS}
 
 
-def given_values(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def command_line_values(argv: Sequence[str] | None = None) -> dict[str, object]:
     """What the command line itself says, by dest. Of an option given twice the last counts.
 
     argparse stops at its first mistake, so it is given one option after the other, each with the words that follow it.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from library.options.checks import check_options
 from library.options.config_file import config_path, read_config
 from library.options.normalize import normalize_options
-from library.options.parser import default_values, given_values
+from library.options.parser import command_line_values, default_values
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ def resolve_options(argv: Sequence[str] | None = None) -> ResolvedOptions:
 
     Raises UserError with all that can't be read in either, and SystemExit(0) after `--help`.
     """
-    given = given_values(argv)
+    words = command_line_values(argv)
     config = {}
-    if given.get("config_file") and not given.get("output_config"):
-        config = read_config(config_path(given["config_file"]))
-    values = {**default_values(), **config, **given}
+    if words.get("config_file") and not words.get("output_config"):
+        config = read_config(config_path(str(words["config_file"])))
+    values = {**default_values(), **config, **words}
     as_given = argparse.Namespace(**values)
     args, notes = normalize_options(as_given)
     problems, warnings = check_options(args)
