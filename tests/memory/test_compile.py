@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.job import PRESETS, Job, Shape, make_job, random_batch, training_options
+from benchmarks.job import PRESETS, Job, Shape, conditioning_of, make_job, random_batch, training_options
 from library.memory import apply
 from library.training.precision import Precision
 
@@ -61,7 +61,7 @@ def gradients(job: Job, side: int) -> Tensor:
     batch = random_batch(job.model.config, Shape(1, side, 64, 85), FULL, CPU)
     job.network.zero_grad()
     torch.manual_seed(side)
-    job.model(batch.latents, torch.tensor([500.0]), *batch.conditioning).square().mean().backward()
+    job.model(batch.latents, torch.tensor([500.0]), *conditioning_of(batch)).square().mean().backward()
     return torch.cat([each.grad.flatten() for each in job.network.parameters() if each.grad is not None])
 
 
@@ -76,7 +76,7 @@ def test_each_kind_of_block_is_compiled_once_for_all_sizes_and_gradients_stay(sa
         for side in SIDES:
             batch = random_batch(job.model.config, Shape(1, side, 64, 85), FULL, CPU)
             with torch.no_grad():
-                job.model(batch.latents, torch.tensor([500.0]), *batch.conditioning)
+                job.model(batch.latents, torch.tensor([500.0]), *conditioning_of(batch))
             assert len(graphs) == 2 * kinds
 
 
