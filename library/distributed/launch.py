@@ -45,9 +45,11 @@ class AcceleratorSettings:
 def start_processes(timeout_minutes: int | None = None) -> torch.device:
     """Connect the processes that a launcher started, if any, and return this one's device."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # Accelerator reads it, PartialState alone does not
     with without_accelerate_plugins():
-        return PartialState(**_process_group(timeout_minutes).to_kwargs()).device
+        return PartialState(cpu, **_process_group(timeout_minutes).to_kwargs()).device
 
 
 def make_accelerator(settings: AcceleratorSettings) -> Accelerator:
