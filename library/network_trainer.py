@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 
 from library.caching.fill import EncoderRoles, encoder_roles, texts_of_prompts
 from library.caching.outputs import Latents, Texts, cache_latents, cache_texts
-from library.common.errors import collect_errors
+from library.common.errors import UserError, collect_errors
 from library.common.model_family import LatentCodec, NoTextEncoders, TextEncoders
 from library.common.progress import progress_bar
 from library.common.seeds import StepGenerators, seed_everything
 from library.common.transformer import TransformerModel
 from library.data.loader import Batch, Loader, LoaderSettings, preserves
 from library.data.settings import Size
+from library.distributed.consensus import Agreement
 from library.distributed.fsdp import ShardedModel
 from library.distributed.gradients import GradientReducer
 from library.distributed.launch import (
@@ -43,11 +46,17 @@ from library.flow.samplers import SAMPLERS
 from library.flow.timesteps import validation_timesteps
 from library.memory.apply import apply_memory_optimizations
 from library.memory.block_swap import BlockSwapper, swap_limit
+from library.monitoring.async_scalars import AsyncScalars
+from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.dataset_sheets import draw_dataset
+from library.monitoring.metrics import LossAverages, MetricsSettings, RunMetrics
+from library.monitoring.preview_callback import Previews, PreviewSchedule
 from library.monitoring.previews import Previewer, PreviewSettings
-from library.monitoring.run_events import RunEvents
+from library.monitoring.report.html_page import RunDescription
+from library.monitoring.report.run_report import RunReport, versions
 from library.monitoring.trackers import TrackingSettings, chosen_trackers, log_folder, tracking_problems
-from library.options.values import secret_values
+from library.monitoring.validation import Validation, ValidationSettings
+from library.options.values import metadata_options, resume_command, secret_values, shared_options, split_options
 from library.preflight.inspector import ModelInspector
 from library.preflight.memory import memory_budget, plan_memory, smallest_budget
 from library.preflight.network import make_network
@@ -60,34 +69,46 @@ from library.preflight.settings import (
     hub_settings,
     latent_cache_settings,
     length_settings,
+    lora_file_settings,
     loss_settings,
     memory_advice,
     memory_settings,
+    network_facts,
     network_settings,
     path_or_none,
     plan_settings,
     planned_options,
     planner_settings,
     resume_settings,
+    saving_settings,
     scheduler_settings,
     sharding_options,
+    spec_settings,
     state_options,
     text_cache_settings,
 )
+from library.saving.checkpoints import Checkpoints, EpochCheckpoints, StepCheckpoints
+from library.saving.dataset_facts import facts_of_datasets
 from library.saving.hub import HubUploader
-from library.saving.metadata import FamilyFacts
+from library.saving.lora_files import LoraFileWriter, TrainedWeights
+from library.saving.metadata import FamilyFacts, FileMetadata, RunFacts
+from library.saving.restore import override_start, restore
 from library.saving.resume import resume_problems, state_to_resume, whole_state
-from library.saving.saver import told_if_unwritable
-from library.saving.state import SavedState
+from library.saving.run_facts import TrainingFacts, training_facts
+from library.saving.saver import BackgroundSaver, translate_write_errors
+from library.saving.state import SavedState, Stateful
+from library.saving.state_writer import StateWriter
 from library.training.adapted_model import AdaptedModel, Conditioner
 from library.training.ema import WeightEma
-from library.training.loop import TrainingLoop
+from library.training.loop import Callback, TrainingLoop
 from library.training.optimizer_names import can_be_sharded
-from library.training.optimizers import OptimizerBundle, build_optimizer, build_sharded_optimizer
+from library.training.optimizers import OptimizerBundle, build_optimizer, build_sharded_optimizer, logged_rates
 from library.training.out_of_memory import told_clearly
-from library.training.precision import LossScaler, Precision, choose_precision
+from library.training.precision import DTYPES, LossScaler, Precision, choose_precision
 from library.training.schedulers import Schedule, build_schedule
+from library.training.signals import StopSignals
 from library.training.step import BatchLosses, StepSettings, TrainingStep
+from library.training.stop_control import StopControl
 from library.training.train_progress import NormReport, TrainProgress
 from networks.base_weights import BaseWeights
 from networks.lora_sd3 import first_block
@@ -198,20 +219,6 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
             logger.info("%s", chosen.text())
         return chosen.text()
 
-    def state_options(self) -> dict[str, object]:
-        """What a state records, and a resumed run must have alike."""
-        return state_options(self.args, self.plan)
-
-    def resume_problems(self, state: SavedState) -> list[str]:
-        """Why the run cannot resume from the state, with the memory options in force."""
-        length = length_settings(self.args)
-        last = None if length.sets_start else self.plan.length.max_steps
-        return resume_problems(state, self.state_options(), last, is_whole=not self.args.resume_from_huggingface)
-
-    def initial_progress(self) -> TrainProgress | None:
-        """Where --initial_step or --initial_epoch put the first step."""
-        return initial_progress(length_settings(self.args), self.plan.length)
-
     def start_processes(self) -> None:
         """Find the device and the other processes; choose the number formats."""
         args = self.args
@@ -263,7 +270,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
             return
         settings = replace(self.loader_settings(), workers=0, pin_memory=False)
         folder, name = Path(args.output_dir) / "dataset", args.output_name or "last"
-        with told_if_unwritable(folder):
+        with translate_write_errors(folder):
             draw_dataset(plan.training, plan.validation, settings, folder, name)
 
     def cache_texts(self) -> None:
@@ -431,12 +438,176 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         args, plan = self.args, self.plan
         self.conditioner = self.make_conditioner()
         self.step = self.make_step()
-        with RunEvents(self, self.make_previewer()) as events:
-            loop = TrainingLoop(
-                self.step, args.gradient_accumulation_steps, plan.length.max_steps, [events], events.should_stop
-            )
-            progress = loop.run(events.begin(), self.loader.batches, plan.training.samples)
-            return events.finish(progress)
+        scalars = AsyncScalars(self.device, lockstep=self.accelerator.num_processes > 1)
+        averages = LossAverages(plan.length.steps_per_epoch, scalars)
+        components = self.components(averages)
+        saver, signals, records = BackgroundSaver(), StopSignals(), []  # type: ignore[var-annotated]
+        checkpoints = self.make_checkpoints(saver, components)
+        metrics = self.make_metrics(scalars, averages, checkpoints)
+        stop = StopControl(signals, Agreement(self.accelerator.num_processes), checkpoints.minutes_are_up)
+        report = self.make_report(metrics, records, lambda: signals.received is not None)
+        validation = self.make_validation(metrics, stop)
+        previews = self.make_previews(metrics, stop, saver, records)
+        steps = StepCheckpoints(checkpoints, stop.should_save)
+        callbacks: list[Callback | None] = [
+            report, metrics, stop, steps, validation, EpochCheckpoints(checkpoints), previews
+        ]  # fmt: skip
+        with ExitStack() as stack:
+            for context in (report, self.hub, saver, signals, metrics):  # closed in reverse order
+                if context is not None:
+                    stack.enter_context(context)
+            progress = self.starting_progress(checkpoints.names.folder, components)
+            records += metrics.start(progress)
+            if report is not None:
+                report.start(progress)
+            if previews is not None:
+                previews.start(progress)
+            active = [callback for callback in callbacks if callback is not None]
+            accumulation, max_steps = args.gradient_accumulation_steps, plan.length.max_steps
+            loop = TrainingLoop(self.step, accumulation, max_steps, active, stop.should_stop)
+            progress = loop.run(progress, self.loader.batches, plan.training.samples)
+            if stop.should_stop() and progress.step < plan.length.max_steps:
+                checkpoints.save_stopped(progress)
+                checkpoints.flush()
+                stop.exit(progress.step)
+            path = checkpoints.save_final(progress, self.save_text_encoders)
+            checkpoints.flush()
+            return path
+
+    # --- what happens between steps --------------------------------------------------------------------------------
+
+    def components(self, averages: LossAverages) -> dict[str, Stateful]:
+        """What a training state holds beside the weights, by the names of its files."""
+        parts: dict[str, Stateful | None] = {
+            "optimizer": self.optimizer,
+            "scheduler": self.schedule,
+            "averages": averages,
+            "scaler": self.scaler,
+            "ema": self.ema,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def make_checkpoints(self, saver: BackgroundSaver, components: Mapping[str, Stateful]) -> Checkpoints:
+        """The saves of LoRA files and states."""
+        args, weights = self.args, self.trained_weights
+        metadata = FileMetadata(self.run_facts()) if self.accelerator.is_main_process else None
+        files = LoraFileWriter(weights, lora_file_settings(args), metadata, saver, self.hub)
+        hub = self.hub if args.save_state_to_huggingface else None
+        options = partial(state_options, args, self.plan)
+        states = StateWriter(self.network, components, options, saver, self.accelerator, hub)
+        return Checkpoints(saving_settings(args, self.plan.length.epochs), files, states)
+
+    @property
+    def trained_weights(self) -> TrainedWeights:
+        return TrainedWeights(self.network, self.optimizer, self.ema)
+
+    def run_facts(self) -> RunFacts:
+        """What the metadata of LoRA files says about the run."""
+        args, plan, optimizer = self.args, self.plan, self.optimizer
+        family, processes = self.metadata_facts(), self.accelerator.num_processes
+        schedule = optimizer.forced_schedule or args.lr_scheduler_type or args.lr_scheduler
+        training = TrainingFacts(
+            unet_lr=plan.rates.unet or None,
+            text_encoder_lr=list(plan.rates.text_encoders) if any(plan.rates.text_encoders) else None,
+            num_batches_per_epoch=plan.training.batches_per_epoch,
+            num_epochs=plan.length.epochs,
+            max_train_steps=plan.length.max_steps,
+            lr_scheduler=None if optimizer.is_schedule_free else schedule,
+            optimizer=optimizer.name_for_metadata,
+            mixed_precision=next(name for name, dtype in DTYPES.items() if dtype == self.precision.dtype),
+            seed=plan.seed,
+            num_processes=processes,
+            base_weights=[Path(path).name for path in args.base_weights or ()] or None,
+            base_weights_multiplier=args.base_weights_multiplier,
+        )
+        batches_per_step = None if args.dataset_config else processes * args.gradient_accumulation_steps
+        datasets = facts_of_datasets(plan.index, batches_per_step)
+        network = network_facts(args, self.network.layers)
+        facts = training_facts(metadata_options(args), family, network, training, datasets, time.time())
+        return RunFacts(facts, spec_settings(args, family.kind, plan.index.training), family, args.no_metadata)
+
+    def make_metrics(self, scalars: AsyncScalars, averages: LossAverages, checkpoints: Checkpoints) -> RunMetrics:
+        args = self.args
+        settings = MetricsSettings(
+            file=checkpoints.names.folder / f"{args.output_name or 'last'}.metrics.jsonl",
+            max_steps=self.plan.length.max_steps,
+            max_nonfinite_steps=args.max_nonfinite_steps,
+            has_validation=self.validation_loader is not None,
+            tracking=self.tracking,
+            config=shared_options(args) if args.log_config else None,
+        )
+        rates = partial(logged_rates, self.optimizer.optimizer, self.group_names)
+        save = checkpoints.save_stopped
+        return RunMetrics(settings, self.accelerator, scalars, averages, self.schedule, rates, save)
+
+    def make_validation(self, metrics: RunMetrics, stop: StopControl) -> Validation | None:
+        args = self.args
+        if self.validation_loader is None or self.plan.validation is None:
+            return None
+        settings = ValidationSettings(
+            timesteps=self.validation_timesteps,
+            seed=self.validation_seed,
+            batches=self.plan.validation.batches_per_epoch,
+            max_batches=args.max_validation_steps,
+            every_steps=args.validate_every_n_steps,
+            every_epochs=args.validate_every_n_epochs,
+        )
+        contexts = (partial(self.doing, "validating"), self.trained_weights.evaluation)
+        given = (self.validation_loader, self.validation_losses, self.network, self.accelerator)
+        return Validation(settings, *given, metrics, stop.should_stop, contexts)
+
+    def make_previews(
+        self, metrics: RunMetrics, stop: StopControl, saver: BackgroundSaver, records: list[PreviewRecord]
+    ) -> Previews | None:
+        args, previewer = self.args, self.make_previewer()
+        if previewer is None:
+            return None
+        schedule = PreviewSchedule(
+            sheet=Path(args.output_dir) / f"{args.output_name or 'last'}_contact_sheet.png",
+            at_first=args.sample_at_first,
+            every_steps=args.sample_every_n_steps,
+            every_epochs=args.sample_every_n_epochs,
+        )
+        contexts = (partial(self.doing, "drawing previews"), self.trained_weights.evaluation, self.join_uneven_inputs)
+        network, gather = self.network, self.gather
+        return Previews(schedule, previewer, network, metrics, saver, gather, stop.should_stop, records, contexts)
+
+    def make_report(
+        self, metrics: RunMetrics, records: Sequence[PreviewRecord], interrupted: Callable[[], bool]
+    ) -> RunReport | None:
+        args, length, family = self.args, self.plan.length, self.metadata_facts()
+        if not (args.report and self.accelerator.is_main_process):
+            return None
+        changed, defaults = split_options(args)
+        parameters = sum(parameter.numel() for parameter in self.parameters)
+        network = f"{args.network_module}, {parameters:,} parameters"
+        description = RunDescription(
+            title=args.output_name or "LoRA training",
+            max_steps=length.max_steps,
+            epochs=length.epochs,
+            about=[family.title, family.base_file.name, network, self.optimizer.name_for_metadata],
+            options=changed,
+            other_options=defaults,
+            versions=versions(self.device),
+            resume_command=resume_command(args, self.accelerator.num_processes),
+        )
+        path = Path(args.output_dir) / "report.html"
+        return RunReport(path, description, self.plan.index, metrics, records, interrupted)
+
+    def starting_progress(self, folder: Path, components: Mapping[str, Stateful]) -> TrainProgress:
+        """Load the state to resume from, if any. Returns where training begins."""
+        args, state, progress = self.args, self.state, TrainProgress()
+        length, start = length_settings(args), initial_progress(length_settings(args), self.plan.length)
+        if state is not None:
+            last = None if length.sets_start else self.plan.length.max_steps
+            # again: memory options may have been chosen since
+            problems = resume_problems(state, state_options(args, self.plan), last)
+            if problems:
+                raise UserError(problems)
+            progress = restore(state, self.network, components)
+        elif args.resume:
+            logger.info("--resume auto: there is no state in %s yet; starting anew.", folder)
+        return progress if start is None else override_start(start, state, self.schedule)
 
     def validation_losses(self, batch: Batch, generators: StepGenerators, timestep: int) -> BatchLosses:
         """The losses of a validation micro-batch at one timestep."""
@@ -454,7 +625,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
     def _clip_norms(self) -> NormReport:
         return self.network.scale_weight_norms(self.args.scale_weight_norms)
 
-    def make_previewer(self) -> Previewer | None:
+    def make_previewer(self) -> Previewer[ConditioningT] | None:
         """The previews that are asked for, or None."""
         args, plan = self.args, self.plan
         if not plan.prompts or not (args.sample_at_first or args.sample_every_n_steps or args.sample_every_n_epochs):

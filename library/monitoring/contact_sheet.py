@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from library.common.files import atomic_write
+from library.monitoring.metrics_file import Record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,37 +41,43 @@ class PreviewRecord:
         with Image.open(self.path) as image:
             return image.convert("RGB")
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> dict[str, object]:
         """As a line of the metrics file."""
         when = {} if self.epoch is None else {"preview_epoch": self.epoch}
         return {"step": self.step, **when, "index": self.index, "prompt": self.prompt, "preview": str(self.path)}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> PreviewRecord | None:
-        """The other way; None for a line that is no preview's or whose picture is gone."""
-        if "preview" not in record or not Path(record["preview"]).exists():
+    def from_record(cls, record: Record) -> PreviewRecord | None:
+        """From a line of the metrics file; None for one that is no preview's or whose picture is gone."""
+        path = Path(str(record.get("preview", "")))
+        if "preview" not in record or not path.exists():
             return None
+        epoch = record.get("preview_epoch")
         return cls(
-            record["step"], record.get("preview_epoch"), record["index"], record["prompt"], Path(record["preview"])
+            step=cast(int, record["step"]),
+            epoch=None if epoch is None else cast(int, epoch),
+            index=cast(int, record["index"]),
+            prompt=cast(str, record["prompt"]),
+            path=path,
         )
 
 
 def columns_of(records: Sequence[PreviewRecord], most: int = MOST_COLUMNS) -> list[list[PreviewRecord]]:
-    """The previews of each moment in the order of their prompts; of many moments the first, the last and some between."""
-    moments: dict[tuple[int, str], list[PreviewRecord]] = {}
+    """The previews of each step in the order of their prompts; of many steps the first, the last and some between."""
+    by_step: dict[tuple[int, str], list[PreviewRecord]] = {}
     for record in records:
-        moments.setdefault((record.step, record.title), []).append(record)
-    columns = [sorted(column, key=lambda record: record.index) for _, column in sorted(moments.items())]
+        by_step.setdefault((record.step, record.title), []).append(record)
+    columns = [sorted(column, key=lambda record: record.index) for _, column in sorted(by_step.items())]
     if len(columns) <= most:
         return columns
-    chosen = {round(place * (len(columns) - 1) / (most - 1)) for place in range(most)}
-    return [columns[place] for place in sorted(chosen)]
+    chosen = {round(number * (len(columns) - 1) / (most - 1)) for number in range(most)}
+    return [columns[number] for number in sorted(chosen)]
 
 
 def write_sheet(path: Path, records: Sequence[PreviewRecord]) -> None:
     """Draw the sheet of all `records` whose pictures can still be read.
 
-    It stands for nothing that could be lost: where it cannot be written, that is said and training goes on.
+    A sheet that cannot be written is a warning: all that it shows is in the previews.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -38,12 +38,12 @@ def write_dataset_sheets(examples: Iterable[BucketExamples], folder: Path, name:
     """Draw up to 16 samples of each bucket on a sheet `<name>-<dataset>-<W>x<H>.png` in `folder`. Returns what was written.
 
     A masked sample is darkened where the loss does not count. The text below a picture: its file and caption. The captions
-    stand in `<name>-captions.txt` too, whole and in every script.
+    are also written to `<name>-captions.txt`, whole and in every script.
     """
     paths, captions = [], []
-    for found in examples:
-        title = f"{found.dataset + 1}-{found.bucket[0]}x{found.bucket[1]}"
-        samples = list(islice(_samples(found.batches), PICTURES))
+    for bucket in examples:
+        title = f"{bucket.dataset + 1}-{bucket.bucket[0]}x{bucket.bucket[1]}"
+        samples = list(islice(_samples(bucket.batches), PICTURES))
         path = folder / f"{name}-{title}.png"
         _write_sheet(
             path, [(picture, f"{file.name}\n{caption or '(empty caption)'}") for picture, file, caption in samples]
@@ -88,8 +88,8 @@ def _write_sheet(path: Path, cells: list[tuple[Image, str]]) -> None:
         sheet.paste(fitted(picture, CELL), (left, top))
         plain = text.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
         lines = [line for part in plain.splitlines() for line in textwrap.wrap(part, CELL // 6)]
-        for place, line in enumerate(lines[:LINES]):
-            draw.text((left, top + CELL + place * LINE), line, fill="black")
+        for row, line in enumerate(lines[:LINES]):
+            draw.text((left, top + CELL + row * LINE), line, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG")

@@ -1,16 +1,17 @@
-"""What a run tells while it trains: the progress bar, a line of JSON a step, trackers, curves for the report.
+"""The numbers of a run while it trains: progress bar, one line of JSON a step, trackers, curves for the report.
 
-A step's numbers travel to the host behind the step and are told when they have arrived: nothing waits for them.
+A step's numbers are copied to the host asynchronously and recorded when they have arrived: no step waits for them.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -18,182 +19,241 @@ from torch import Tensor
 from library.common.errors import UserError
 from library.common.progress import Progress
 from library.flow.loss import RunningLoss, TimestepLosses
-from library.monitoring.async_scalars import LateValues
+from library.monitoring.async_scalars import AsyncScalars
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics_file import Curves, MetricsFile
-from library.monitoring.trackers import Trackers
-from library.options.values import shared_options
-from library.saving.names import OutputNames
-from library.training.loop import StepReport
-from library.training.optimizers import logged_rates
-from library.training.train_progress import TrainProgress
+from library.monitoring.trackers import Trackers, TrackingSettings
+from library.training.schedulers import Schedule
+from library.training.train_progress import StepReport, TrainProgress
 
 if TYPE_CHECKING:
-    from library.network_trainer import NetworkTrainer
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 NORM_NAMES = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
 
 
-class RunMetrics:
-    """Collects and tells. Use it as a context: leaving it tells the last values and closes everything."""
+@dataclass(frozen=True)
+class MetricsSettings:
+    """file: of the metrics. config: the options that trackers may show (--log_config); None: no options."""
 
-    def __init__(self, trainer: NetworkTrainer, names: OutputNames):
-        self.trainer, self.args = trainer, trainer.args
-        self.main = trainer.accelerator.is_main_process
-        self.average = RunningLoss(max(1, trainer.plan.length.steps_per_epoch))
+    file: Path
+    max_steps: int
+    tracking: TrackingSettings
+    max_nonfinite_steps: int = 0  # in a row, before the run stops; 0: it never does
+    has_validation: bool = False
+    config: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """What the host knows of a step whose numbers are on their way from the device."""
+
+    progress: TrainProgress
+    timesteps: Tensor  # [samples], on the CPU
+    paths: list[str]
+    rates: dict[str, float]  # learning rates by their names in the log
+    seconds: float
+    norm_count: int  # numbers of the norm report: 0, or as many as NORM_NAMES
+
+
+class LossAverages:
+    """The running loss and the losses by timestep, on the host. A component of the training state."""
+
+    def __init__(self, steps_per_epoch: int, scalars: AsyncScalars):
+        """scalars: bring the losses; they are flushed before the state is taken."""
+        self.running = RunningLoss(max(1, steps_per_epoch))
         self.by_timestep = TimestepLosses()
-        self.late = LateValues(trainer.device, together=trainer.accelerator.num_processes > 1)
-        self.file = MetricsFile(names.folder / f"{names.name or 'last'}.metrics.jsonl")
+        self._scalars = scalars
+
+    def state_dict(self) -> dict[str, object]:
+        self._scalars.flush()
+        return {"average": self.running.state_dict(), "by_timestep": self.by_timestep.state_dict()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.running.load_state_dict(cast("dict[str, object]", state["average"]))
+        self.by_timestep.load_state_dict(cast("dict[str, Tensor]", state["by_timestep"]))
+
+
+class NonfiniteWatch:
+    """Counts steps that were skipped because of a gradient that is not finite; stops a run that does nothing else."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.in_a_row, self.skipped = 0, 0
+
+    def check(self, nonfinite: bool, step: PendingStep) -> None:
+        """Take in one step. UserError at the `limit`-th skipped step in a row."""
+        if not nonfinite:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.skipped += 1
+        at = ", ".join(f"{Path(p).name} (timestep {t:g})" for p, t in zip(step.paths, step.timesteps.tolist()))
+        logger.warning("Step %d had a gradient that is not finite and was skipped: %s", step.progress.step, at)
+        if self.limit and self.in_a_row >= self.limit:
+            self.in_a_row = 0  # numbers still on their way must not raise again while the state is saved
+            raise UserError(
+                f"{self.limit} steps in a row had gradients that are not finite; training has stopped. The last saved files are good. "
+                "Try --mixed_precision bf16, a lower --learning_rate, or --max_grad_norm 1.0, and look at the images named above."
+            )
+
+
+class RunMetrics:
+    """Callback: records the numbers of every step and epoch, and those that validation and previews bring.
+
+    Use it as a context: leaving it records the last values and closes everything.
+    """
+
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        accelerator: Accelerator,
+        scalars: AsyncScalars,
+        averages: LossAverages,
+        schedule: Schedule,
+        learning_rates: Callable[[], dict[str, float]],
+        save_before_stop: Callable[[TrainProgress], None],
+    ):
+        """save_before_stop: saves the run before too many bad steps in a row end it with a UserError."""
+        self.settings, self.accelerator = settings, accelerator
+        self.scalars, self.averages, self.schedule = scalars, averages, schedule
+        self.learning_rates, self.save_before_stop = learning_rates, save_before_stop
+        self.nonfinite = NonfiniteWatch(settings.max_nonfinite_steps)
+        self.file = MetricsFile(settings.file)
         self.curves = Curves()
-        self.nonfinite_in_a_row = 0
-        self.skipped = 0
         self.trackers: Trackers | None = None
-        self.progress: Progress | None = None
+        self.bar: Progress | None = None
+        self.last_time = time.perf_counter()
 
     def __enter__(self) -> RunMetrics:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
-            self.late.tell_all()
-        if self.progress is not None:
-            self.progress.close()
+            self.scalars.flush()
+        if self.bar is not None:
+            self.bar.close()
         if self.trackers is not None:
             self.trackers.close()
         self.file.close()
 
-    def start(self, position: TrainProgress) -> list[PreviewRecord]:
-        """The first step is about to be made. Returns the previews that a resumed run has made before."""
-        config = shared_options(self.args) if self.args.log_config else None
-        self.trackers = Trackers(self.trainer.accelerator, self.trainer.tracking, config)
-        earlier = self.file.open(position.step) if self.main else []
+    def start(self, progress: TrainProgress) -> list[PreviewRecord]:
+        """Open everything before the first step. Returns the previews that a resumed run has made before."""
+        is_main = self.accelerator.is_main_process
+        self.trackers = Trackers(self.accelerator, self.settings.tracking, self.settings.config)
+        earlier = self.file.open(progress.step) if is_main else []
         for record in earlier:
             self.curves.add(record)
-        self.progress = Progress(self.trainer.plan.length.max_steps, "Training", position.step, shown=self.main)
+        self.bar = Progress(self.settings.max_steps, "Training", progress.step, shown=is_main)
         self.last_time = time.perf_counter()
         return [record for record in map(PreviewRecord.from_record, earlier) if record is not None]
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
-    def step(self, report: StepReport) -> None:
-        """Send a step's numbers on their way, and tell those that have arrived."""
+    def on_step_end(self, report: StepReport) -> None:
+        """Push the step's numbers, and record those of earlier steps that have arrived."""
+        try:
+            self.push_step(report)
+            self.scalars.poll()
+        except UserError:  # only bad steps in a row: each was skipped, so the weights are those of the last good one
+            self.save_before_stop(report.progress)
+            raise
+        if self.bar is not None:
+            self.bar.advance()
+
+    def push_step(self, report: StepReport) -> None:
+        """Send a step's numbers to the host in one tensor: loss, gradient norm, nonfinite, norms, the loss of every sample."""
         norms = report.norm_report
         extra = [norms.keys_scaled, norms.average_norm, norms.maximum_norm] if norms is not None else []
         single = [report.loss, report.gradient_norm, report.nonfinite, *extra]
         values = torch.cat([*(value.float().reshape(1) for value in single), report.losses.float()])
-        rates = logged_rates(self.trainer.optimizer.optimizer, self.trainer.group_names)
         now = time.perf_counter()
-        rest = replace(report, losses=values, gradient_norm=values, nonfinite=values, loss=values, norm_report=None)
-        self.late.send(values, partial(self._tell_step, rest, len(extra), rates, now - self.last_time))
+        step = PendingStep(
+            progress=report.progress,
+            timesteps=report.timesteps,
+            paths=report.paths,
+            rates=self.learning_rates(),
+            seconds=now - self.last_time,
+            norm_count=len(extra),
+        )
         self.last_time = now
-        self.late.tell_arrived()
-        assert self.progress is not None
-        self.progress.advance()
+        self.scalars.push(values, partial(self._record_step, step))
 
-    def epoch(self, position: TrainProgress) -> None:
-        """An epoch is over. Schedules that watch the loss are told it here where there is no validation."""
-        self.late.send(None, lambda _: self._tell_epoch(position))
-        if self.trainer.schedule.watches_loss and self.trainer.validation_loader is None:
-            self.late.tell_all()
-            mean = self.average.mean().to(self.trainer.device)
-            self.trainer.schedule.observe(self.trainer.accelerator.reduce(mean, "mean").item())
+    def on_epoch_end(self, progress: TrainProgress) -> None:
+        """Record the epoch's average. Without validation, schedules that watch the loss observe it here."""
+        self.scalars.push(None, lambda _: self._record_epoch(progress))
+        if self.schedule.watches_loss and not self.settings.has_validation:
+            self.scalars.flush()
+            mean = self.averages.running.mean().to(self.accelerator.device)
+            self.schedule.observe(cast(Tensor, self.accelerator.reduce(mean, "mean")).item())
 
-    def validation(self, position: TrainProgress, kind: str, total: Tensor) -> None:
-        """total: [sum of losses, count] over all processes. kind: "step" or "epoch"."""
+    def record_validation(self, progress: TrainProgress, kind: str, total: Tensor) -> None:
+        """total: [sum of losses, count] over all ranks. kind: "step" or "epoch"."""
         loss, count = total.tolist()
         if count == 0:
             return
-        self.late.tell_all()
+        self.scalars.flush()
         average = loss / count
-        logger.info("Validation at step %d: loss %.5f", position.step, average)
+        logger.info("Validation at step %d: loss %.5f", progress.step, average)
         values = {
             f"loss/validation/{kind}_average": average,
-            f"loss/validation/{kind}_divergence": average - self.average.mean().item(),
+            f"loss/validation/{kind}_divergence": average - self.averages.running.mean().item(),
         }
-        self._record(position, values, x=position.epoch if kind == "epoch" else position.step)
-        self.trainer.schedule.observe(average)
-        self.pause_is_over()
+        self._record(progress, values, x=progress.epoch if kind == "epoch" else progress.step)
+        self.schedule.observe(average)
+        self.restart_clock()
 
-    def previews(self, position: TrainProgress, records: list[PreviewRecord]) -> None:
-        """Previews of all processes, on the main one."""
+    def record_previews(self, progress: TrainProgress, records: list[PreviewRecord]) -> None:
+        """Record the previews of all ranks, on rank 0."""
         for record in records:
             self.file.write(record.as_record())
-        if self.trackers is not None and records and self.trainer.tracking.names:
+        if self.trackers is not None and records and self.settings.tracking.names:
             images = [(record.index, record.prompt, record.image()) for record in records if record.path.exists()]
-            self.trackers.images(images, position.step, position.epoch)
-        self.pause_is_over()
+            self.trackers.images(images, progress.step, progress.epoch)
+        self.restart_clock()
 
-    def pause_is_over(self) -> None:
-        """The next step's time begins now: previews and validation are no part of it."""
+    def restart_clock(self) -> None:
+        """Start the next step's time now: previews and validation are no part of it."""
         self.last_time = time.perf_counter()
-        if self.progress is not None:
-            self.progress.starts_now()
+        if self.bar is not None:
+            self.bar.starts_now()
 
-    def state_dict(self) -> dict[str, Any]:
-        self.late.tell_all()
-        return {"average": self.average.state_dict(), "by_timestep": self.by_timestep.state_dict()}
+    # --- recording -------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average.load_state_dict(state["average"])
-        self.by_timestep.load_state_dict(state["by_timestep"])
-
-    # --- telling ---------------------------------------------------------------------------------------------------
-
-    def _tell_step(
-        self, report: StepReport, extra: int, rates: dict[str, float], seconds: float, numbers: list[float]
-    ) -> None:
-        """numbers: loss, gradient norm, whether it was not finite, `extra` norms, the loss of every sample."""
+    def _record_step(self, step: PendingStep, numbers: list[float]) -> None:
+        """numbers: as pushed by `push_step`."""
         loss, norm, nonfinite, *rest = numbers
-        norms, losses = rest[:extra], torch.tensor(rest[extra:])
-        self.average.add(torch.tensor(loss))
-        self.by_timestep.add(report.timesteps, losses)
-        average = self.average.mean().item()
-        values = {"loss/current": loss, "loss/average": average, **rates, **dict(zip(NORM_NAMES, norms))}
-        own = {"gradient_norm": norm, "seconds": seconds, "memory_gib": memory_gib(self.trainer.device)}
-        self._record(report.progress, values, report.progress.step, own)
-        assert self.progress is not None
-        self.progress.note(avr_loss=f"{average:.4f}", lr=f"{next(iter(rates.values()), 0.0):.2e}")
-        self._watch(bool(nonfinite), report)
+        norms, losses = rest[: step.norm_count], torch.tensor(rest[step.norm_count :])
+        self.averages.running.add(torch.tensor(loss))
+        self.averages.by_timestep.add(step.timesteps, losses)
+        average = self.averages.running.mean().item()
+        values = {"loss/current": loss, "loss/average": average, **step.rates, **dict(zip(NORM_NAMES, norms))}
+        own = {"gradient_norm": norm, "seconds": step.seconds, "memory_gib": memory_gib(self.scalars.device)}
+        self._record(step.progress, values, step.progress.step, own)
+        if self.bar is not None:
+            self.bar.note(avr_loss=f"{average:.4f}", lr=f"{next(iter(step.rates.values()), 0.0):.2e}")
+        self.nonfinite.check(bool(nonfinite), step)
 
-    def _tell_epoch(self, position: TrainProgress) -> None:
-        self._record(position, {"loss/epoch_average": self.average.mean().item()}, x=position.epoch)
+    def _record_epoch(self, progress: TrainProgress) -> None:
+        self._record(progress, {"loss/epoch_average": self.averages.running.mean().item()}, x=progress.epoch)
 
     def _record(
-        self, position: TrainProgress, values: dict[str, float], x: int, own: dict[str, float] | None = None
+        self, progress: TrainProgress, values: dict[str, float], x: int, own: dict[str, float] | None = None
     ) -> None:
-        """values go to the file, the curves and the trackers, `own` to the first two."""
-        epoch = position.epoch + (position.batch > 0)
-        record = {"step": position.step, "epoch": epoch, **values, **(own or {})}
+        """Write `values` to the file, the curves and the trackers, `own` to the first two."""
+        epoch = progress.epoch + (progress.batch > 0)
+        record = {"step": progress.step, "epoch": epoch, **values, **(own or {})}
         self.file.write(record)
         self.curves.add(record)
         if self.trackers is not None:
-            self.trackers.scalars(values, x, position.step, epoch)
-
-    def _watch(self, nonfinite: bool, report: StepReport) -> None:
-        """Count skipped steps; stop a run that does nothing else."""
-        if not nonfinite:
-            self.nonfinite_in_a_row = 0
-            return
-        self.nonfinite_in_a_row += 1
-        self.skipped += 1
-        at = ", ".join(f"{Path(p).name} (timestep {t:g})" for p, t in zip(report.paths, report.timesteps.tolist()))
-        logger.warning("Step %d had a gradient that is not finite and was skipped: %s", report.progress.step, at)
-        limit = self.args.max_nonfinite_steps
-        if limit and self.nonfinite_in_a_row >= limit:
-            self.nonfinite_in_a_row = (
-                0  # said once: numbers still on their way must not say it again while state is saved
-            )
-            raise UserError(
-                f"{limit} steps in a row had gradients that are not finite; training has stopped. The last saved files are good. "
-                "Try --mixed_precision bf16, a lower --learning_rate, or --max_grad_norm 1.0, and look at the images named above."
-            )
+            self.trackers.scalars(values, x, progress.step, epoch)
 
 
 def memory_gib(device: torch.device) -> float:
-    """The peak of what tensors took on a GPU, else what this process takes, in GiB. It asks no device."""
+    """The peak of allocated memory on a GPU, else this process's resident memory, in GiB. Does not synchronize the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import psutil
 
-    return psutil.Process().memory_info().rss / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30

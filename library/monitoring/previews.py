@@ -1,7 +1,7 @@
 """Preview images while training goes on.
 
-They leave training as they found it: noise comes from a generator of its own, the random states of torch, numpy and Python
-are put back, the LoRA's dropout is off while they are made.
+They do not change the training: noise comes from a generator of its own, the random states of torch, numpy and Python are
+restored, the LoRA's dropout is off while they are made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,8 @@ from library.data.prompts import PreviewPrompt
 from library.flow.samplers import Velocity, guided, preview_sigmas, sample
 
 logger = logging.getLogger(__name__)
-LATENT_CELL = 8
-Conditioned = Callable[[PreviewPrompt, str], Any]
-"""(prompt, text) -> conditioning for `predict`; the text is the prompt's own or its negative."""
+C = TypeVar("C")
+"""The conditioning that the model family's `predict` takes."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,11 @@ class PreviewSettings:
     sampler: str = "euler"
     rank: int = 0
     world_size: int = 1
-    pixels_together: int = (
+    max_batch_pixels: int = (
         0  # guidance predicts with and without the prompt in one batch where both images have no more
     )
+    latent_channels: int = 16
+    scale_factor: int = 8  # pixels a side of an image for each latent
 
 
 @dataclass(frozen=True)
@@ -49,40 +50,41 @@ class Preview:
     path: Path
 
 
-class Previewer:
+class Previewer(Generic[C]):
     """Makes previews of a fixed list of prompts."""
 
     def __init__(
         self,
         prompts: Sequence[PreviewPrompt],
         settings: PreviewSettings,
-        conditioned: Conditioned,
-        predict: Callable[[Tensor, Tensor, Any], Tensor],
+        conditioning: Callable[[PreviewPrompt, str], C],
+        predict: Callable[[Tensor, Tensor, C], Tensor],
         decode: Callable[[Tensor], Tensor],
         device: torch.device,
-        joined: Callable[[Any, Any], Any] | None = None,
+        join: Callable[[C, C], C] | None = None,
     ):
-        """decode: normalised latents [1, 16, h, w] -> images [1, 3, 8h, 8w] in -1..1.
+        """conditioning: (prompt, text) -> the conditioning for `predict`; the text is the prompt's own or its negative.
 
-        joined: two conditionings as one of a batch of two; None: guidance always predicts one after the other.
+        predict: (latents, timesteps, conditioning) -> velocity. decode: normalised latents [1, C, h, w] -> images [1, 3, H, W] in
+        -1..1. join: two conditionings as one of a batch of two; None: guidance always predicts one after the other.
         """
         self.prompts, self.settings = list(prompts), settings
-        self.conditioned, self.predict, self.decode = conditioned, predict, decode
-        self.device, self.joined = device, joined
+        self.conditioning, self.predict, self.decode = conditioning, predict, decode
+        self.device, self.join = device, join
 
-    def make(self, when: str, modules: Sequence[nn.Module]) -> list[Preview]:
-        """Make this process's share of the previews. when: "e000001" or "000100", see `moment`. modules: put in eval mode meanwhile."""
+    def make(self, tag: str, modules: Sequence[nn.Module]) -> list[Preview]:
+        """Make this rank's share of the previews. tag: "e000001" or "000100", see `step_tag`. modules: put in eval mode meanwhile."""
         previews: list[Preview] = []
         with preserve_rng_state(modules):
             own = list(enumerate(self.prompts))[self.settings.rank :: self.settings.world_size]
             for index, prompt in progress_bar(own, "Previews", shown=self.settings.rank == 0):
                 try:
-                    previews.append(self._make_one(index, prompt, when))
+                    previews.append(self._make_one(index, prompt, tag))
                 except OSError as error:  # a full disk, say: a preview is not worth the run
                     logger.warning("Preview %d cannot be written (%s); training goes on", index, error)
         return previews
 
-    def _make_one(self, index: int, prompt: PreviewPrompt, when: str) -> Preview:
+    def _make_one(self, index: int, prompt: PreviewPrompt, tag: str) -> Preview:
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
 
@@ -90,7 +92,7 @@ class Previewer:
         pixels = self.decode(self._latents(prompt, seed))[0]
         array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
         image = Image.fromarray(np.ascontiguousarray(array))
-        path = self.settings.folder / "sample" / self._file_name(index, prompt, when)
+        path = self.settings.folder / "sample" / self._file_name(index, prompt, tag)
         info = PngInfo()
         info.add_itxt("parameters", self._parameters(prompt, seed))
         with atomic_write(path) as temporary:
@@ -101,28 +103,26 @@ class Previewer:
     def _latents(self, prompt: PreviewPrompt, seed: int) -> Tensor:
         """Noise is drawn on the CPU, so that a seed means the same picture on every device."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (1, 16, prompt.height // LATENT_CELL, prompt.width // LATENT_CELL)
+        cell = self.settings.scale_factor
+        shape = (1, self.settings.latent_channels, prompt.height // cell, prompt.width // cell)
         noise = torch.randn(shape, generator=generator).to(self.device)
         with torch.no_grad():
-            wanted = self.conditioned(prompt, prompt.prompt)
-
-            def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
-                return self.predict(x, timesteps, wanted)
-
-            flow: Velocity = velocity
+            positive = self.conditioning(prompt, prompt.prompt)
             if prompt.guidance != 1:
-                unwanted = self.conditioned(prompt, prompt.negative_prompt)
-                flow = self._guided(prompt, wanted, unwanted)
+                velocity = self._guided(prompt, positive, self.conditioning(prompt, prompt.negative_prompt))
+            else:
+                velocity = self._velocity(positive)
             sigmas = preview_sigmas(prompt.steps, prompt.shift)
-            return sample(flow, noise, sigmas, prompt.sampler or self.settings.sampler)
+            return sample(velocity, noise, sigmas, prompt.sampler or self.settings.sampler)
 
-    def _guided(self, prompt: PreviewPrompt, wanted: Any, unwanted: Any) -> Velocity:
+    def _velocity(self, conditioning: C) -> Velocity:
+        return lambda x, timesteps: self.predict(x, timesteps, conditioning)
+
+    def _guided(self, prompt: PreviewPrompt, positive: C, negative: C) -> Velocity:
         """Guidance, in one batch of two where training's own batches are as large, so that the memory suffices."""
-        if self.joined is None or 2 * prompt.width * prompt.height > self.settings.pixels_together:
-            return guided(
-                lambda x, t: self.predict(x, t, wanted), lambda x, t: self.predict(x, t, unwanted), prompt.guidance
-            )
-        both = self.joined(unwanted, wanted)
+        if self.join is None or 2 * prompt.width * prompt.height > self.settings.max_batch_pixels:
+            return guided(self._velocity(positive), self._velocity(negative), prompt.guidance)
+        both = self.join(negative, positive)
 
         def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
             without, towards = self.predict(x.repeat(2, 1, 1, 1), timesteps.repeat(2), both).float().chunk(2)
@@ -130,10 +130,10 @@ class Previewer:
 
         return velocity
 
-    def _file_name(self, index: int, prompt: PreviewPrompt, when: str) -> str:
+    def _file_name(self, index: int, prompt: PreviewPrompt, tag: str) -> str:
         name = f"{self.settings.name}_" if self.settings.name else ""
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
-        return f"{name}{when}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+        return f"{name}{tag}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
 
     def _parameters(self, prompt: PreviewPrompt, seed: int) -> str:
         """The text that viewers of generated images know, one block."""
@@ -144,6 +144,6 @@ class Previewer:
         )
 
 
-def moment(step: int, epoch: int | None) -> str:
-    """The part of a preview's name that says when it was made: e + epoch, or the step."""
+def step_tag(step: int, epoch: int | None) -> str:
+    """The part of a preview's file name that says when it was made: e + epoch, or the step."""
     return f"{step:06d}" if epoch is None else f"e{epoch:06d}"

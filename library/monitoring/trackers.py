@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.common.errors import UserError
 
@@ -25,6 +25,7 @@ else:
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """names: the trackers. folder: of this run's logs. secrets: words that no tracker may see."""
+    """names: the trackers. folder: of this run's logs. secrets: words that are hidden from all trackers."""
 
     names: tuple[str, ...] = ()
     folder: Path | None = None
@@ -47,7 +48,7 @@ class TrackingSettings:
 
 
 def chosen_trackers(log_with: str | None, logging_dir: str | None) -> tuple[str, ...]:
-    """What --log_with means. TensorBoard without a folder is left out here: the options' checks have told it."""
+    """What --log_with means. TensorBoard without a folder is left out here: the options' checks report it."""
     return tuple(name for name in NAMES.get(log_with or "", ()) if name != "tensorboard" or logging_dir)
 
 
@@ -69,14 +70,14 @@ def tracking_problems(settings: TrackingSettings) -> list[str]:
         return problems + error.problems
     if settings.arguments_file is not None and not problems:
         for name, table in arguments.items():
-            place = f"--log_tracker_config {settings.arguments_file}, [{name}]"
-            problems += [f"{place}: {told}" for told in _wrong_arguments(name, table)]
+            where = f"--log_tracker_config {settings.arguments_file}, [{name}]"
+            problems += [f"{where}: {problem}" for problem in _argument_problems(name, table)]
     return problems
 
 
-def tracker_arguments(settings: TrackingSettings) -> dict[str, dict[str, Any]]:
+def tracker_arguments(settings: TrackingSettings) -> dict[str, dict[str, object]]:
     """Arguments by tracker: the run's name for W&B, and over it the tables of --log_tracker_config."""
-    arguments: dict[str, dict[str, Any]] = {name: {} for name in settings.names}
+    arguments: dict[str, dict[str, object]] = {name: {} for name in settings.names}
     if settings.run_name and "wandb" in arguments:
         arguments["wandb"]["name"] = settings.run_name
     if settings.arguments_file is None:
@@ -94,8 +95,8 @@ def tracker_arguments(settings: TrackingSettings) -> dict[str, dict[str, Any]]:
     return arguments
 
 
-def _wrong_arguments(name: str, table: Mapping[str, Any]) -> list[str]:
-    """Keys that the tracker's start would stumble over, asked of the tracker itself."""
+def _argument_problems(name: str, table: Mapping[str, object]) -> list[str]:
+    """Keys that the tracker does not take, by its own signature."""
     if not table:
         return []
     if name == "wandb":
@@ -108,19 +109,21 @@ def _wrong_arguments(name: str, table: Mapping[str, Any]) -> list[str]:
         except ImportError:  # accelerate takes the one or the other
             from tensorboardX import SummaryWriter  # type: ignore[no-redef]
         known, ours = inspect.signature(SummaryWriter).parameters, {"log_dir": "--logging_dir"}
-    told = [f"{key} is what {option} says. Leave it out." for key, option in ours.items() if key in table]
-    return told + [f"{key} is not known. Known are {', '.join(known)}." for key in table if key not in known]
+    problems = [f"{key} is what {option} says. Leave it out." for key, option in ours.items() if key in table]
+    return problems + [f"{key} is not known. Known are {', '.join(known)}." for key in table if key not in known]
 
 
 class Trackers:
-    """The trackers of the main process; elsewhere, or where none is wanted, it does nothing.
+    """The trackers of rank 0; on other ranks, or without trackers, it does nothing.
 
-    They are told in a thread, in order: a slow disk or network does not hold up training, and one that fails is a warning.
+    They log in a thread, in order: a slow disk or network does not delay training, and a tracker that fails is a warning.
     """
 
-    def __init__(self, accelerator: Accelerator, settings: TrackingSettings, config: Mapping[str, Any] | None = None):
-        """config: the options to tell (--log_config), or None."""
-        self._trackers: list[Any] = []
+    def __init__(
+        self, accelerator: Accelerator, settings: TrackingSettings, config: Mapping[str, object] | None = None
+    ):
+        """config: the options to log (--log_config), or None."""
+        self._trackers: list[GeneralTracker] = []
         self._thread: ThreadPoolExecutor | None = None
         self._failed = False
         if not settings.names or not accelerator.is_main_process:
@@ -129,7 +132,7 @@ class Trackers:
             os.environ["WANDB_API_KEY"] = settings.api_key  # wandb.login would write it to a file
         with _argv_without(settings.secrets):
             plain = {key: _plain(value) for key, value in config.items()} if config is not None else None
-            with _told_clearly():
+            with _translate_wandb_errors():
                 accelerator.init_trackers(settings.project, plain, tracker_arguments(settings))
         self._trackers = list(accelerator.trackers)
         self._thread = ThreadPoolExecutor(1, "trackers")
@@ -139,21 +142,21 @@ class Trackers:
                 tracker.tracker.define_metric("global_step", hidden=True)
 
     def scalars(self, values: Mapping[str, float], x: int, step: int, epoch: int) -> None:
-        """x: the step, or for an epoch's values the epoch. W&B has an axis of its own and is given step and epoch."""
-        self._tell(partial(self._scalars, dict(values), x, {"global_step": step, "epoch": epoch}))
+        """x: the step, or for an epoch's values the epoch. W&B has an axis of its own and logs step and epoch as values."""
+        self._submit(partial(self._scalars, dict(values), x, {"global_step": step, "epoch": epoch}))
 
     def images(self, images: Sequence[tuple[int, str, Image]], step: int, epoch: int) -> None:
         """Previews as sample_<index>: (index, prompt, image)."""
-        self._tell(partial(self._images, list(images), step, {"global_step": step, "epoch": epoch}))
+        self._submit(partial(self._images, list(images), step, {"global_step": step, "epoch": epoch}))
 
     def close(self) -> None:
-        """Wait until everything has been told."""
-        self._tell(lambda: [tracker.finish() for tracker in self._trackers])
+        """Wait until everything has been logged."""
+        self._submit(lambda: [tracker.finish() for tracker in self._trackers])
         if self._thread is not None:
             self._thread.shutdown()
         self._trackers, self._thread = [], None
 
-    def _tell(self, do: Callable[[], object]) -> None:
+    def _submit(self, do: Callable[[], object]) -> None:
         if self._thread is not None:
             self._thread.submit(self._guarded, do)
 
@@ -165,30 +168,30 @@ class Trackers:
                 logger.warning("A tracker failed, and may miss values: %s: %s", type(error).__name__, error)
             self._failed = True
 
-    def _scalars(self, values: dict[str, float], x: int, place: dict[str, int]) -> None:
+    def _scalars(self, values: dict[str, float], x: int, axes: dict[str, int]) -> None:
         for tracker in self._trackers:
             if tracker.name == "wandb":
-                tracker.log({**values, **place})
+                tracker.log({**values, **axes})
             else:
                 tracker.log(values, step=x)
 
-    def _images(self, images: list[tuple[int, str, Image]], step: int, place: dict[str, int]) -> None:
+    def _images(self, images: list[tuple[int, str, Image]], step: int, axes: dict[str, int]) -> None:
         import numpy as np
 
         for tracker in self._trackers:
             if tracker.name == "wandb":
                 import wandb
 
-                found = {f"sample_{index}": wandb.Image(image, caption=prompt) for index, prompt, image in images}
-                tracker.log({**found, **place})
+                samples = {f"sample_{index}": wandb.Image(image, caption=prompt) for index, prompt, image in images}
+                tracker.log({**samples, **axes})
             else:
                 for index, _, image in images:
                     tracker.log_images({f"sample_{index}": np.asarray(image)[None]}, step=step, dataformats="NHWC")
 
 
 @contextmanager
-def _told_clearly() -> Iterator[None]:
-    """W&B that cannot log in or start is for the user to mend."""
+def _translate_wandb_errors() -> Iterator[None]:
+    """Turn an error of W&B, which cannot log in or start, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -201,17 +204,17 @@ def _told_clearly() -> Iterator[None]:
 
 @contextmanager
 def _argv_without(secrets: Sequence[str]) -> Iterator[None]:
-    """Trackers note the command line when they start: secrets in it are hidden meanwhile."""
+    """Trackers record the command line when they start: hide secrets in it inside the block."""
     before = list(sys.argv)
-    for place, word in enumerate(sys.argv):
+    for index, word in enumerate(sys.argv):
         for secret in secrets:
             word = word.replace(secret, HIDDEN)
-        sys.argv[place] = word
+        sys.argv[index] = word
     try:
         yield
     finally:
         sys.argv[:] = before
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> bool | int | float | str | None:
     return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)

@@ -7,21 +7,21 @@ after parsing, and it returns a copy.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from library.caching.latents import LatentCacheSettings
 from library.caching.text import TextCacheSettings
 from library.data.command_line import CommandLineData
-from library.data.records import dataset_fingerprint
+from library.data.records import IndexedDataset, dataset_fingerprint
 from library.distributed.launch import AcceleratorSettings, ShardingOptions
 from library.flow.loss import LossSettings
 from library.flow.timesteps import FlowSettings
 from library.memory.apply import MemorySettings
 from library.memory.checkpointing import CheckpointSettings
 from library.memory.estimator.table import MemoryPlan
-from library.options.values import determining_options
+from library.options.values import determining_options, modelspec_options
 from library.preflight.dataset import DataSettings
 from library.preflight.disk_space import OptimizerSettings, OutputSettings
 from library.preflight.inspector import Files
@@ -31,11 +31,17 @@ from library.preflight.network import NetworkSettings
 from library.preflight.plan import PlanSettings, RateSettings, ResumeCheck, RunPlan
 from library.preflight.run_length import LengthSettings
 from library.preflight.sd3_inspector import Sd3Settings
+from library.saving.checkpoints import SavingSettings
 from library.saving.hub import HubSettings
+from library.saving.lora_files import SAVE_DTYPES, LoraFileSettings
+from library.saving.modelspec import ModelSpec, thumbnail_url
+from library.saving.names import OutputNames, SaveSchedule, epochs_between_saves
 from library.saving.resume import ResumeSettings
+from library.saving.run_facts import NetworkFacts, model_spec
 from library.saving.text_encoders import encoders_to_save
 from library.training.precision import Precision
 from library.training.schedulers import SchedulerSettings
+from networks.network_layer import NetworkLayer
 
 LEFT_TO_THE_PLANNER = ("fp8_base", "fp8_base_unet", "t5xxl_device")  # --memory_plan chooses them
 
@@ -378,6 +384,50 @@ def planned_options(args: argparse.Namespace, plan: MemoryPlan) -> argparse.Name
 
 
 # --- saving and resuming -----------------------------------------------------------------------------------------
+
+
+def lora_file_settings(args: argparse.Namespace) -> LoraFileSettings:
+    return LoraFileSettings(
+        dtype=SAVE_DTYPES.get(args.save_precision or ""),
+        format=args.save_format,
+        ema_beside=args.ema_save == "beside",
+    )
+
+
+def saving_settings(args: argparse.Namespace, epochs: int) -> SavingSettings:
+    """When and what a run of so many epochs saves."""
+    every_epochs = epochs_between_saves(args.save_every_n_epochs, args.save_n_epoch_ratio, epochs)
+    return SavingSettings(
+        names=OutputNames(Path(args.output_dir), args.output_name, args.save_model_as or "safetensors"),
+        schedule=SaveSchedule(every_epochs, args.save_every_n_steps, args.save_every_n_minutes),
+        epochs=epochs,
+        save_state=args.save_state,
+        save_state_at_end=args.save_state_on_train_end,
+        keep_epochs=args.save_last_n_epochs,
+        keep_epoch_states=args.save_last_n_epochs_state,
+        keep_steps=args.save_last_n_steps,
+        keep_step_states=args.save_last_n_steps_state,
+    )
+
+
+def network_facts(args: argparse.Namespace, layers: Mapping[str, NetworkLayer]) -> NetworkFacts:
+    """Rank and alpha for the metadata."""
+    arguments = args.network_args or []
+    if args.dim_from_weights:
+        return NetworkFacts.of_layers(layers, arguments)
+    return NetworkFacts.of_options(args.network_dim, args.network_alpha, arguments)
+
+
+def spec_settings(args: argparse.Namespace, kind: str, datasets: Sequence[IndexedDataset]) -> ModelSpec:
+    """The facts of the modelspec keys. kind: the base model's."""
+    timesteps = None
+    if args.min_timestep is not None or args.max_timestep is not None:
+        timesteps = args.min_timestep or 0, 1000 if args.max_timestep is None else args.max_timestep
+    extra = {
+        "thumbnail": thumbnail_url(args.metadata_thumbnail) if args.metadata_thumbnail else None,
+        **modelspec_options(args),
+    }
+    return model_spec(kind, args.metadata_title or args.output_name or "LoRA", datasets, timesteps, extra)
 
 
 def resume_settings(args: argparse.Namespace) -> ResumeSettings:

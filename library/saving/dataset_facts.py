@@ -1,4 +1,4 @@
-"""What a LoRA file tells about its datasets, in sd-scripts' structure: WebUI and Civitai read trigger words from it.
+"""What a LoRA file records about its datasets, in sd-scripts' structure: WebUI and Civitai read trigger words from it.
 
 Regularisation images are counted but their captions are left out, as there.
 """
@@ -8,22 +8,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
-from library.data.records import ImageRecord, IndexedDataset
+from library.data.records import DatasetIndex, ImageRecord, IndexedDataset
 from library.data.settings import SubsetSettings
 
 TagFrequency = dict[str, dict[str, int]]
+T = TypeVar("T")
 
 
-def datasets_of_file(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+def facts_of_datasets(index: DatasetIndex, batches_per_step: int | None) -> dict[str, object]:
+    """All ss_ facts of a run's datasets.
+
+    batches_per_step: processes * accumulation, for a dataset given on the command line; None: with --dataset_config.
+    """
+    subsets = [subset for dataset in index.training for subset in dataset.settings.subsets]
+    captions = [subset.captions for subset in subsets]
+    facts: dict[str, object] = {
+        "ss_num_train_images": sum(images(dataset, regularisation=False) for dataset in index.training),
+        "ss_num_reg_images": sum(images(dataset, regularisation=True) for dataset in index.training),
+        "ss_num_validation_images": sum(len(dataset.records) for dataset in index.validation),
+        "ss_caption_dropout_rate": common([caption.caption_dropout_rate for caption in captions]),
+        "ss_caption_dropout_every_n_epochs": common([c.caption_dropout_every_n_epochs for c in captions]),
+        "ss_caption_tag_dropout_rate": common([caption.caption_tag_dropout_rate for caption in captions]),
+        "ss_face_crop_aug_range": common([subset.face_crop_aug_range for subset in subsets]),
+        "ss_resize_interpolation": common([subset.resize_interpolation for subset in subsets]),
+    }
+    if batches_per_step is None:
+        return facts | datasets_of_file(index.training)
+    return facts | dataset_of_command_line(index.training[0], batches_per_step)
+
+
+def datasets_of_file(datasets: Sequence[IndexedDataset]) -> dict[str, object]:
     """ss_datasets, ss_tag_frequency and ss_dataset_dirs of a run with --dataset_config. With one dataset, its resolution
-    and buckets are given on their own as well, where the WebUI looks for them."""
+    and buckets are recorded on their own as well, where the WebUI looks for them."""
     frequencies: TagFrequency = {}
     for dataset in datasets:
         for name, tags in tag_frequency(dataset).items():
             frequencies.setdefault(name, tags)  # a folder that several datasets share counts once
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "ss_datasets": [dataset_facts(dataset) for dataset in datasets],
         "ss_tag_frequency": frequencies,
         "ss_dataset_dirs": folders(datasets, regularisation=False),
@@ -33,12 +56,12 @@ def datasets_of_file(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     return facts
 
 
-def dataset_of_command_line(dataset: IndexedDataset, batches_a_step: int) -> dict[str, Any]:
-    """The keys of a run whose dataset was given on the command line. batches_a_step: processes * accumulation."""
+def dataset_of_command_line(dataset: IndexedDataset, batches_per_step: int) -> dict[str, object]:
+    """The keys of a run whose dataset is on the command line. batches_per_step: processes * accumulation."""
     settings, subset = dataset.settings, dataset.settings.subsets[0]
     return {
         "ss_batch_size_per_device": settings.batch_size,
-        "ss_total_batch_size": settings.batch_size * batches_a_step,
+        "ss_total_batch_size": settings.batch_size * batches_per_step,
         "ss_resolution": settings.resolution,
         "ss_color_aug": subset.color_aug,
         "ss_flip_aug": subset.flip_aug,
@@ -56,7 +79,7 @@ def dataset_of_command_line(dataset: IndexedDataset, batches_a_step: int) -> dic
     }
 
 
-def dataset_facts(dataset: IndexedDataset) -> dict[str, Any]:
+def dataset_facts(dataset: IndexedDataset) -> dict[str, object]:
     """One entry of ss_datasets."""
     settings = dataset.settings
     return {
@@ -82,33 +105,36 @@ def images(dataset: IndexedDataset, regularisation: bool) -> int:
 
 
 def tag_frequency(dataset: IndexedDataset) -> TagFrequency:
-    """{folder or metadata file: {tag: captions that hold it}}; a tag is what stands between commas, in lower case."""
-    found: dict[str, Counter[str]] = {}
+    """{folder or metadata file: {tag: captions that hold it}}; tags are separated by commas, in lower case."""
+    counters: dict[str, Counter[str]] = {}
     for number, subset in enumerate(dataset.settings.subsets):
         records = [record for record in _records(dataset, number) if not record.is_reg]
         if records:
-            counter = found.setdefault(_name(subset), Counter())
+            counter = counters.setdefault(_name(subset), Counter())
             for record in records:
                 for line in record.caption.split("\n"):
                     counter.update(tag.strip().lower() for tag in line.split(",") if tag.strip())
-    return {name: dict(counter) for name, counter in found.items()}
+    return {name: dict(counter) for name, counter in counters.items()}
 
 
-def with_commonest_tags(facts: Mapping[str, Any], most: int) -> dict[str, Any]:
+def with_commonest_tags(facts: Mapping[str, object], most: int) -> dict[str, object]:
     """The facts of a run with no more than `most` tags of each folder, wherever tags are counted."""
 
     def cut(frequencies: TagFrequency) -> TagFrequency:
         return {name: dict(Counter(tags).most_common(most)) for name, tags in frequencies.items()}
 
-    found = dict(facts)
-    if "ss_tag_frequency" in found:
-        found["ss_tag_frequency"] = cut(found["ss_tag_frequency"])
-    if "ss_datasets" in found:
-        found["ss_datasets"] = [{**d, "tag_frequency": cut(d["tag_frequency"])} for d in found["ss_datasets"]]
-    return found
+    shortened = dict(facts)
+    if "ss_tag_frequency" in facts:
+        shortened["ss_tag_frequency"] = cut(cast(TagFrequency, facts["ss_tag_frequency"]))
+    if "ss_datasets" in facts:
+        datasets = cast("list[dict[str, object]]", facts["ss_datasets"])
+        shortened["ss_datasets"] = [
+            {**d, "tag_frequency": cut(cast(TagFrequency, d["tag_frequency"]))} for d in datasets
+        ]
+    return shortened
 
 
-def bucket_info(dataset: IndexedDataset) -> dict[str, Any] | None:
+def bucket_info(dataset: IndexedDataset) -> dict[str, object] | None:
     """Buckets with their images, repeats counted, and the mean error of the aspect ratio; None without bucketing."""
     if not dataset.settings.enable_bucket:
         return None
@@ -124,28 +150,28 @@ def bucket_info(dataset: IndexedDataset) -> dict[str, Any] | None:
 
 
 def folders(datasets: Sequence[IndexedDataset], regularisation: bool) -> dict[str, dict[str, int]]:
-    """{folder or metadata file: {"n_repeats", "img_count"}}; a name that comes again gets " (2)"."""
-    found: dict[str, dict[str, int]] = {}
+    """{folder or metadata file: {"n_repeats", "img_count"}}; a repeated name gets " (2)"."""
+    by_name: dict[str, dict[str, int]] = {}
     for dataset in datasets:
         for number, subset in enumerate(dataset.settings.subsets):
             if subset.is_reg == regularisation:
                 name, count = _name(subset), 1
-                while name in found:
+                while name in by_name:
                     count += 1
                     name = f"{_name(subset)} ({count})"
-                found[name] = {"n_repeats": subset.num_repeats, "img_count": len(_records(dataset, number))}
-    return found
+                by_name[name] = {"n_repeats": subset.num_repeats, "img_count": len(_records(dataset, number))}
+    return by_name
 
 
-def common(values: Sequence[Any]) -> Any:
-    """The value that all have, or the list of all."""
+def common(values: Sequence[T]) -> T | list[T]:
+    """The value that all of them are, or the list of all."""
     return values[0] if all(value == values[0] for value in values) else list(values)
 
 
-def _subset_facts(dataset: IndexedDataset, number: int) -> dict[str, Any]:
+def _subset_facts(dataset: IndexedDataset, number: int) -> dict[str, object]:
     subset = dataset.settings.subsets[number]
     captions = subset.captions
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "img_count": len(_records(dataset, number)),
         "num_repeats": subset.num_repeats,
         "color_aug": subset.color_aug,
@@ -178,6 +204,6 @@ def _records(dataset: IndexedDataset, subset: int) -> list[ImageRecord]:
 
 
 def _name(subset: SubsetSettings) -> str:
-    """What stands for a subset: the last part of its path, so that nobody's folders are told."""
+    """The name of a subset in the metadata: the last part of its path, so that no folders of the user are published."""
     path: Path | None = subset.metadata_file or subset.image_dir
     return subset.name if path is None else path.name

@@ -11,9 +11,12 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from library.common.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 TRIES = 3
@@ -44,7 +47,7 @@ class HubUploader:
         from huggingface_hub import HfApi
 
         self.settings = settings
-        self.api: Any = HfApi(token=settings.token)
+        self.api: HfApi = HfApi(token=settings.token)
         try:
             self.api.create_repo(
                 settings.repo_id, repo_type=settings.repo_type, private=settings.private, exist_ok=True
@@ -54,7 +57,7 @@ class HubUploader:
                 f"--huggingface_repo_id {settings.repo_id}: the repository cannot be reached or made ({_first_line(error)}). "
                 "Check the name and --huggingface_token, or log in with `hf auth login`."
             ) from error
-        self._waiting: queue.Queue[Path | None] = queue.Queue()
+        self._pending: queue.Queue[Path | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
         self._thread.start()
 
@@ -62,27 +65,27 @@ class HubUploader:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._waiting.put(None)
+        self._pending.put(None)
         self._thread.join()
 
     def submit(self, path: Path) -> None:
         """Upload a file or a folder: now, or beside training with --async_upload."""
-        self._waiting.put(path)
+        self._pending.put(path)
         if not self.settings.in_background:
-            self._waiting.join()
+            self._pending.join()
 
     def flush(self) -> None:
-        self._waiting.join()
+        self._pending.join()
 
     def _work(self) -> None:
         while True:
-            path = self._waiting.get()
+            path = self._pending.get()
             try:
                 if path is None:
                     return
                 self._upload(path)
             finally:
-                self._waiting.task_done()
+                self._pending.task_done()
 
     def _upload(self, path: Path) -> None:
         target = self.settings.target(path)
@@ -106,27 +109,26 @@ class HubUploader:
                     time.sleep(self.settings.seconds_before_retry * attempt)
 
     def _send(self, path: Path, target: str) -> None:
-        common = {"repo_id": self.settings.repo_id, "repo_type": self.settings.repo_type, "path_in_repo": target}
+        repo_id, repo_type = self.settings.repo_id, self.settings.repo_type
         if path.is_dir():
-            self.api.upload_folder(folder_path=str(path), **common)
+            self.api.upload_folder(folder_path=str(path), repo_id=repo_id, repo_type=repo_type, path_in_repo=target)
         else:
-            self.api.upload_file(path_or_fileobj=str(path), **common)
+            self.api.upload_file(path_or_fileobj=str(path), repo_id=repo_id, repo_type=repo_type, path_in_repo=target)
 
 
-def fetch_state(wanted: str, folder: Path, token: str | None, files: str = "*") -> Path:
+def fetch_state(address: str, folder: Path, token: str | None, files: str = "*") -> Path:
     """Download a state: `user/repo/path[:revision[:type]]` -> the local state folder, under `folder`.
 
-    files: a pattern for the names of those that are wanted.
-
-    UserError names what is wrong with the text, or why it cannot be had.
+    files: a pattern for the names of the files to download. UserError says what is wrong with the address, or why the
+    download failed.
     """
-    place, _, rest = wanted.partition(":")
+    name, _, rest = address.partition(":")
     revision, _, repo_type = rest.partition(":")
-    user, _, rest = place.partition("/")
+    user, _, rest = name.partition("/")
     repo, _, path = rest.partition("/")
     if not (user and repo and path):
         raise UserError(
-            f"--resume {wanted}: with --resume_from_huggingface it must be user/repo/path[:revision[:type]]."
+            f"--resume {address}: with --resume_from_huggingface it must be user/repo/path[:revision[:type]]."
         )
     from huggingface_hub import snapshot_download
 
@@ -141,12 +143,12 @@ def fetch_state(wanted: str, folder: Path, token: str | None, files: str = "*") 
         )
     except Exception as error:
         raise UserError(
-            f"--resume {wanted}: the state cannot be downloaded ({_first_line(error)}). "
+            f"--resume {address}: the state cannot be downloaded ({_first_line(error)}). "
             "Check the name and --huggingface_token, or download the folder and give its path."
         ) from error
     state = Path(root) / path.strip("/")
     if not state.is_dir():
-        raise UserError(f"--resume {wanted}: the repository {user}/{repo} holds no folder {path.strip('/')}.")
+        raise UserError(f"--resume {address}: the repository {user}/{repo} holds no folder {path.strip('/')}.")
     return state
 
 

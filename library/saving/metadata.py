@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ KEPT_WITHOUT_METADATA = (
     "ss_network_alpha",
     "ss_network_args",
 )
-NOT_FOR_SD3: Mapping[str, Any] = MappingProxyType(
+NOT_FOR_SD3: Mapping[str, object] = MappingProxyType(
     {
         "ss_v2": False,
         "ss_clip_skip": None,
@@ -45,7 +44,7 @@ NOT_FOR_SD3: Mapping[str, Any] = MappingProxyType(
         "ss_debiased_estimation": False,
     }
 )
-"""Keys that readers may look for, with the value that says "not done": none of these acts on SD3, given or not."""
+"""Keys that readers may look for, with the value that says "not done": none of these acts on SD3, whatever the options."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class FamilyFacts:
 
     kind: str  # ss_base_model_version: "medium", "5-medium" or "5-large"
     base_file: Path
-    vae_file: Path | None  # only where it was given apart from the base
-    options: dict[str, Any] = field(default_factory=dict)
+    vae_file: Path | None  # only where --vae names a file of its own
+    options: dict[str, object] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -68,7 +67,7 @@ class FamilyFacts:
 class RunFacts:
     """What is known when training starts. training: ss_ names to plain values, those of --no_metadata included."""
 
-    training: dict[str, Any]
+    training: dict[str, object]
     spec: ModelSpec
     family: FamilyFacts
     minimal: bool = False  # --no_metadata
@@ -96,23 +95,23 @@ class FileMetadata:
 
     def at(self, save: SaveFacts) -> dict[str, str]:
         """All but the hashes, which `with_hashes` adds when the file is written."""
-        found = dict(self.of_run)
+        texts = dict(self.of_run)
         if not self.facts.minimal:
-            found |= as_texts(
+            texts |= as_texts(
                 {"ss_steps": save.steps, "ss_epoch": save.epoch, "ss_training_finished_at": save.finished_at}
             )
-        return found | modelspec_metadata(self.facts.spec, datetime.fromtimestamp(save.finished_at))
+        return texts | modelspec_metadata(self.facts.spec, datetime.fromtimestamp(save.finished_at))
 
     def with_hashes(self, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], wait: bool) -> dict[str, str]:
         """Add the hashes of the base files, those that are ready or, with `wait`, all; and the LoRA's own."""
         known = self.hashes.all() if wait else self.hashes.ready()
         family = self.facts.family
         keys = {"ss_new_sd_model_hash": family.base_file, "ss_new_vae_hash": family.vae_file}
-        found = dict(metadata) | {key: known[path] for key, path in keys.items() if path in known}
-        return found | lora_hashes(tensors, found)
+        hashed = dict(metadata) | {key: known[path] for key, path in keys.items() if path in known}
+        return hashed | lora_hashes(tensors, hashed)
 
 
-def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
+def as_texts(values: Mapping[str, object]) -> dict[str, str]:
     """Values as sd-scripts writes them: str() of each, JSON of dictionaries and lists of them.
 
     Names of folders may hold bytes that are no text; in their place stands "?", as a file's header must be UTF-8.
@@ -120,7 +119,7 @@ def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: _as_text(value).encode("utf-8", "replace").decode() for key, value in values.items()}
 
 
-def _fitting(facts: Mapping[str, Any]) -> dict[str, str]:
+def _fitting(facts: Mapping[str, object]) -> dict[str, str]:
     """The facts as texts of at most LARGEST_TEXT: of very many captions the rarest tags are left out."""
     texts, most = as_texts(facts), MOST_TAGS
     while most and sum(map(len, texts.values())) > LARGEST_TEXT:
@@ -131,13 +130,13 @@ def _fitting(facts: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     is_table = isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
     return json.dumps(value, ensure_ascii=False) if is_table else str(value)
 
 
-def _file_facts(family: FamilyFacts) -> dict[str, Any]:
-    facts = {
+def _file_facts(family: FamilyFacts) -> dict[str, object]:
+    facts: dict[str, object] = {
         "ss_sd_model_name": family.base_file.name,
         "ss_sd_model_hash": legacy_file_hash(family.base_file),
     }

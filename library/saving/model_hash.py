@@ -45,7 +45,7 @@ class FileHashes:
     """The SHA-256 of large files, read in a thread that neither training nor the program's end waits for."""
 
     def __init__(self, paths: Sequence[Path]):
-        self._found: dict[Path, str] = {}
+        self._hashes: dict[Path, str] = {}
         self._thread = threading.Thread(
             target=self._work, args=(list(dict.fromkeys(paths)),), name="hashes", daemon=True
         )
@@ -53,17 +53,17 @@ class FileHashes:
 
     def ready(self) -> dict[Path, str]:
         """The hashes that are known by now."""
-        return dict(self._found)
+        return dict(self._hashes)
 
     def all(self) -> dict[Path, str]:
         """All hashes; waits for those that are still being read. A file that cannot be read has none."""
         self._thread.join()
-        return dict(self._found)
+        return dict(self._hashes)
 
     def _work(self, paths: Sequence[Path]) -> None:
         for path in paths:
             try:
-                self._found[path] = _sha256(path)
+                self._hashes[path] = _sha256(path)
             except OSError as error:
                 logger.warning("%s: its hash will be missing from the metadata (%s)", path, error)
 

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from library.common.errors import UserError
 from library.data.settings import Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 THUMBNAIL_SIDE = 512  # pixels
 LARGEST_AS_IT_IS = 256 << 10  # bytes; larger pictures are made smaller, since every reader loads the whole header
@@ -44,24 +47,24 @@ def modelspec_metadata(spec: ModelSpec, date: datetime) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in values.items() if value is not None}
 
 
-def thumbnail_url(given: str) -> str:
-    """--metadata_thumbnail as a data URL: one that is given as it is, or a picture's file, made smaller where it is large."""
-    if given.startswith("data:"):
-        return given
-    from PIL import Image
+def thumbnail_url(thumbnail: str) -> str:
+    """--metadata_thumbnail as a data URL: a data URL as it is, or a picture's file, made smaller where it is large."""
+    if thumbnail.startswith("data:"):
+        return thumbnail
+    from PIL import Image as images
 
     try:
-        data = Path(given).read_bytes()
-        with Image.open(BytesIO(data)) as image:
+        data = Path(thumbnail).read_bytes()
+        with images.open(BytesIO(data)) as image:
             mime = MIME_TYPES.get(image.format or "")
             if mime is None or len(data) > LARGEST_AS_IT_IS:
                 data, mime = _smaller(image), "image/jpeg"
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"--metadata_thumbnail {given}: the picture cannot be read ({error}).") from error
+    except (OSError, images.DecompressionBombError) as error:
+        raise UserError(f"--metadata_thumbnail {thumbnail}: the picture cannot be read ({error}).") from error
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _smaller(image: Any) -> bytes:
+def _smaller(image: Image) -> bytes:
     """A JPEG of at most THUMBNAIL_SIDE a side."""
     out = BytesIO()
     small = image.convert("RGB")

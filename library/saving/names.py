@@ -48,20 +48,21 @@ class OutputNames:
         name = re.escape(self.name or default)
         end = "-state" if states else rf"(?:-ema)?(?:-diffusers)?\.{self.extension}"
         pattern = re.compile(name + number + end)
-        found = []
+        numbered = []
         for path in self.folder.iterdir() if self.folder.is_dir() else []:
             match = pattern.fullmatch(path.name)
             if match:
-                found.append((int(match.group(1)), path))
-        return sorted(found)
+                numbered.append((int(match.group(1)), path))
+        return sorted(numbered)
 
 
 @dataclass(frozen=True)
-class SaveRhythm:
-    """When files are written: counts of epochs and steps, None for never."""
+class SaveSchedule:
+    """How often files are written: counts of epochs, steps and minutes, None for never."""
 
     every_epochs: int | None = None
     every_steps: int | None = None
+    every_minutes: float | None = None
 
     def epoch_is_due(self, epoch: int, epochs: int) -> bool:
         """After `epoch` whole epochs of `epochs`; the last one is the final file."""

@@ -22,14 +22,14 @@ from library.common.files import atomic_write, save_safetensors
 
 logger = logging.getLogger(__name__)
 Job = Callable[[], None]
-WAITING_AT_MOST = 2  # jobs; each holds a host copy of what it saves
+MAX_PENDING_JOBS = 2  # jobs; each holds a host copy of what it saves
 
 
 class BackgroundSaver:
     """Runs jobs one after another in a thread. Use it as a context: leaving it waits for all jobs."""
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[Job | None] = queue.Queue(WAITING_AT_MOST)
+        self._jobs: queue.Queue[Job | None] = queue.Queue(MAX_PENDING_JOBS)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
         self._thread.start()
@@ -74,17 +74,17 @@ class BackgroundSaver:
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a LoRA file: safetensors with metadata, or torch's format for .pt and .ckpt. UserError where the disk is full."""
-    with told_if_unwritable(path):
+    with translate_write_errors(path):
         if path.suffix == ".safetensors":
             save_safetensors(path, tensors, metadata)
         else:
             with atomic_write(path) as temporary, temporary.open("wb") as file:
-                torch.save(dict(tensors), file)  # given a path, torch tells a full disk in words of its own
+                torch.save(dict(tensors), file)  # given a path, torch reports a full disk by an error of its own
     logger.info("Saved %s", path)
 
 
 @contextmanager
-def told_if_unwritable(path: Path) -> Iterator[None]:
+def translate_write_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write `path` inside the block into a UserError: a full disk, a folder that has gone."""
     try:
         yield

@@ -1,7 +1,7 @@
 """Training states: everything that a run needs to go on as if it had never stopped.
 
 A state is a folder that appears whole or not at all: it is filled under a temporary name and renamed. It holds
-    train_state.json        position, the options that shape the run, versions (current_epoch and current_step as sd-scripts has them)
+    train_state.json        progress ("position"), the options that shape the run, versions (current_epoch and current_step as sd-scripts has them)
     model.safetensors       the trained weights, float32 or as trained
     <component>.pt          one file for each other component: optimizer, scheduler, scaler, ema, averages (torch.save of plain state dicts)
     random_states_<rank>.pt every process's random generators
@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, cast
 
 import torch
 
@@ -35,46 +35,59 @@ POSITION_FILE = "train_state.json"
 
 
 class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+    """A component whose state dict is saved and restored: optimizer, schedule, EMA."""
+
+    def state_dict(self) -> Mapping[str, object]: ...
+
+    def load_state_dict(self, state: dict[str, object], /) -> object: ...
+
+
+class RandomStates(TypedDict, total=False):
+    """The generators of one process. cuda: one state a device; absent without CUDA."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    torch: torch.Tensor
+    cuda: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A state in host memory, taken between two steps; it may be written while training goes on."""
 
-    position: TrainProgress
-    options: dict[str, Any]  # what shapes the run, to be compared at resume
+    progress: TrainProgress
+    options: Mapping[str, object]  # what shapes the run, to be compared at resume
     weights: dict[str, torch.Tensor]
-    components: dict[str, dict[str, Any]]
-    random_states: dict[str, Any]
+    components: dict[str, object]  # state dicts
+    random_states: RandomStates
 
 
 def take_snapshot(
-    position: TrainProgress,
-    options: dict[str, Any],
+    progress: TrainProgress,
+    options: Mapping[str, object],
     weights: Mapping[str, torch.Tensor],
     components: Mapping[str, Stateful],
 ) -> Snapshot:
     """Copy everything to host memory. Waits for the device once."""
     return Snapshot(
-        position,
+        progress,
         options,
-        {key: _to_host(value) for key, value in weights.items()},
+        {key: _copy_to_host(value) for key, value in weights.items()},
         {name: _to_host(component.state_dict()) for name, component in components.items()},
         random_states(),
     )
 
 
-def random_states() -> dict[str, Any]:
+def random_states() -> RandomStates:
     """This process's generators: Python's and torch's, every device's."""
-    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    version, words, gauss = random.getstate()
+    states: RandomStates = {"python": (version, words, gauss), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
-def restore_random_states(states: Mapping[str, Any]) -> None:
+def restore_random_states(states: RandomStates) -> None:
+    """Set the generators to `states`; those of CUDA devices where there are as many as when they were saved."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(states["torch"])
@@ -82,7 +95,7 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def write_state(folder: Path, snapshot: Snapshot, rank: int = 0, barrier: Any = None) -> None:
+def write_state(folder: Path, snapshot: Snapshot, rank: int = 0, barrier: Callable[[], None] | None = None) -> None:
     """Write the state folder. With several processes all call it; `barrier` lets them wait for each other.
 
     OSError where it cannot be written; what was there before stays.
@@ -109,13 +122,13 @@ def _fill_and_replace(temporary: Path, folder: Path, snapshot: Snapshot, rank: i
             _save(temporary / f"{name}.pt", state)
     wait()
     if rank == 0:
-        position = snapshot.position
+        progress = snapshot.progress
         facts = {
-            "current_epoch": position.epoch,
-            "current_step": position.step,
+            "current_epoch": progress.epoch,
+            "current_step": progress.step,
             "format": FORMAT,
-            "position": asdict(position),
-            "options": snapshot.options,
+            "position": asdict(progress),
+            "options": dict(snapshot.options),
             "torch": torch.__version__,
         }
         write_text(temporary / POSITION_FILE, json.dumps(facts, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
@@ -125,37 +138,42 @@ def _fill_and_replace(temporary: Path, folder: Path, snapshot: Snapshot, rank: i
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state folder whose position has been read and whose files are known to be there."""
+    """A state folder whose progress has been read and whose files are known to be there."""
 
     folder: Path
     position: TrainProgress
-    options: dict[str, Any]
+    options: dict[str, object]
+
+    @property
+    def seed(self) -> int:
+        return cast(int, self.options["seed"])
 
     def weights(self) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(self.folder / "model.safetensors")
 
-    def component(self, name: str) -> dict[str, Any] | None:
+    def component(self, name: str) -> dict[str, object] | None:
+        """The state dict of a component; None where the state has none."""
         path = self.folder / f"{name}.pt"
-        return _load(path) if path.exists() else None
+        return cast("dict[str, object]", _load(path)) if path.exists() else None
 
-    def random_states(self, rank: int) -> dict[str, Any] | None:
+    def random_states(self, rank: int) -> RandomStates | None:
         path = self.folder / f"random_states_{rank}.pt"
-        return _load(path) if path.exists() else None
+        return cast(RandomStates, _load(path)) if path.exists() else None
 
 
 def open_state(folder: Path, whole: bool = True) -> SavedState:
-    """Read a state's position. UserError if the folder is not a state of ours; `whole`: or lacks the weights."""
+    """Read a state's progress. UserError if the folder is not a state of ours; `whole`: or lacks the weights."""
     path = folder / POSITION_FILE
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: there is no such folder. Give a folder that ends in -state, or auto.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        position = TrainProgress(**facts["position"])
+        progress = TrainProgress(**facts["position"])
         if whole:
             _check_files(folder)
-        return SavedState(folder, position, dict(facts["options"]))
+        return SavedState(folder, progress, dict(facts["options"]))
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if path.exists() and "position" not in path.read_text(encoding="utf-8", errors="replace"):
             reason = "it was saved by another program (sd-scripts' states hold neither the place in the epoch nor every random state)"
@@ -189,17 +207,17 @@ def newest_state(output_dir: Path, name: str) -> SavedState | None:
         folder = output_dir / old.name[1 : -len(".old")]
         if not folder.exists():
             os.replace(old, folder)
-    found = []
+    states = []
     for folder in output_dir.glob("*-state"):
         if pattern.fullmatch(folder.name):
             try:
-                found.append(open_state(folder))
+                states.append(open_state(folder))
             except UserError as error:
                 logger.warning("A state that is not whole is passed over. %s", error)
-    return max(found, key=lambda state: (state.position.step, state.folder.stat().st_mtime_ns), default=None)
+    return max(states, key=lambda state: (state.position.step, state.folder.stat().st_mtime_ns), default=None)
 
 
-def changed_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed_options(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Options whose value differs from the saved run's, as "name: old -> new"."""
     plain = json.loads(json.dumps(dict(now), default=str))
     return [
@@ -225,10 +243,14 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _to_host(value: Any) -> Any:
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _to_host(value: object) -> object:
     """A copy of a state dict that shares no memory with the live objects."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return _copy_to_host(value)
     if isinstance(value, Mapping):
         return {key: _to_host(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -236,12 +258,12 @@ def _to_host(value: Any) -> Any:
     return value
 
 
-def _save(path: Path, state: Any) -> None:
-    with path.open("wb") as file:  # given a path, torch tells a full disk in words of its own, not by OSError
+def _save(path: Path, state: object) -> None:
+    with path.open("wb") as file:  # given a path, torch reports a full disk by an error of its own, not by OSError
         torch.save(state, file)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

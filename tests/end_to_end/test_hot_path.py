@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.job import Job, Shape, make_job, sizes, training_options
 from benchmarks.step import parser as step_parser
-from library.monitoring.async_scalars import LateValues
+from library.monitoring.async_scalars import AsyncScalars
 from library.monitoring.metrics import RunMetrics
 from library.training.step import TrainingStep
 from tests.end_to_end.conftest import Workshop
@@ -125,7 +125,7 @@ def test_a_run_reads_its_numbers_late_and_nothing_else(
     """The real trainer, from a batch that is there to the numbers that are told. Telling them is the one read."""
     counter = ReadCounter()
     told: list[int] = []
-    train_step, tell_step, tell_first = TrainingStep.__call__, RunMetrics.step, LateValues._tell_first
+    train_step, tell_step, tell_first = TrainingStep.__call__, RunMetrics.on_step_end, AsyncScalars._deliver_first
 
     def watched_step(self: TrainingStep[Any], progress: Any, batches: Any, samples: Any) -> Any:
         if progress.step == 0:  # encoders are loaded when they are first asked
@@ -138,23 +138,23 @@ def test_a_run_reads_its_numbers_late_and_nothing_else(
         with counter.watching(monkeypatch):
             tell_step(self, report)
 
-    def late(self: LateValues) -> None:
+    def late(self: AsyncScalars) -> None:
         told.append(1)
         with counter.pause():
             tell_first(self)
 
     monkeypatch.setattr(TrainingStep, "__call__", watched_step)
-    monkeypatch.setattr(RunMetrics, "step", watched_metrics)
-    monkeypatch.setattr(LateValues, "_tell_first", late)
+    monkeypatch.setattr(RunMetrics, "on_step_end", watched_metrics)
+    monkeypatch.setattr(AsyncScalars, "_deliver_first", late)
     train(workshop, tmp_path, *words, "--no_report", max_train_steps=3)
     assert counter.reads == [] and len(told) >= 3
 
 
 def test_numbers_that_wait_hold_no_graph():
-    late = LateValues(torch.device("cpu"))
+    late = AsyncScalars(torch.device("cpu"))
     seen: list[list[float]] = []
     value = torch.ones(1, requires_grad=True) * 2
-    late.send(value, seen.append)
-    assert isinstance(late._waiting[0].values, Tensor) and not late._waiting[0].values.requires_grad
-    late.tell_all()
+    late.push(value, seen.append)
+    assert isinstance(late._pending[0].values, Tensor) and not late._pending[0].values.requires_grad
+    late.flush()
     assert seen == [[2.0]]

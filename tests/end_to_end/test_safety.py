@@ -151,13 +151,13 @@ def test_a_memory_that_is_full_between_steps_is_told_with_what_was_done(
 
 def test_who_stops_a_run_does_not_wait_for_previews(workshop: Workshop, tmp_path: Path, monkeypatch):
     """Spot machines give half a minute: after the step comes saving, not validation and pictures."""
-    plain = RunMetrics.step
+    plain = RunMetrics.on_step_end
 
     def step(self, report):
         plain(self, report)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(RunMetrics, "step", step)
+    monkeypatch.setattr(RunMetrics, "on_step_end", step)
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
@@ -204,7 +204,7 @@ def test_killed_again_and_again_while_it_saves_the_run_still_ends_the_same(works
 def test_save_every_n_minutes_counts_minutes(workshop: Workshop, tmp_path: Path, monkeypatch):
     clock = iter(range(0, 10**6, 25))  # every look at the clock is 25 seconds later
     monkeypatch.setattr(
-        "library.monitoring.run_events.time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time)
+        "library.saving.checkpoints.time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time)
     )
     assert main(workshop.arguments(tmp_path, UNET, "--save_every_n_minutes", "1", max_train_steps=6)) == 0
     assert 1 <= len(list(tmp_path.glob("lora-step*.safetensors"))) <= 4

@@ -17,7 +17,7 @@ from library.common.seeds import preserve_rng_state
 from library.data.prompts import PreviewPrompt
 from library.monitoring import contact_sheet, previews
 from library.monitoring.contact_sheet import PreviewRecord, columns_of, write_sheet
-from library.monitoring.previews import Previewer, PreviewSettings, moment
+from library.monitoring.previews import Previewer, PreviewSettings, step_tag
 from library.training.ema import WeightEma
 
 CPU = torch.device("cpu")
@@ -57,11 +57,11 @@ def pixels_of(path: Path) -> np.ndarray:
 
 def test_names_say_when_which_prompt_and_seed(tmp_path: Path) -> None:
     prompts = [PreviewPrompt("a", seed=12, **SMALL), PreviewPrompt("b", **SMALL)]
-    made = previewer(tmp_path, prompts, Denoiser()).make(moment(100, None), [])
+    made = previewer(tmp_path, prompts, Denoiser()).make(step_tag(100, None), [])
     assert all(preview.path.parent == tmp_path / "sample" for preview in made)
     assert re.fullmatch(r"cat_000100_00_\d{14}_12\.png", made[0].path.name)
     assert re.fullmatch(r"cat_000100_01_\d{14}\.png", made[1].path.name)
-    assert moment(100, 3) == "e000003" and moment(0, 0) == "e000000"
+    assert step_tag(100, 3) == "e000003" and step_tag(0, 0) == "e000000"
     assert Image.open(made[0].path).size == (64, 96)
 
 
@@ -111,7 +111,7 @@ def test_guidance_in_one_batch_is_the_same_picture(tmp_path: Path, pixels: int, 
     prompt = PreviewPrompt("a cat", "a hippopotamus", seed=5, **SMALL)
     maker = Previewer(
         [prompt],
-        PreviewSettings(tmp_path, "x", pixels_together=pixels),
+        PreviewSettings(tmp_path, "x", max_batch_pixels=pixels),
         conditioned,
         predict,
         decode,
@@ -211,9 +211,9 @@ def test_a_full_disk_costs_a_preview_and_not_the_run(
 # --- the sheet --------------------------------------------------------------------------------------------------------
 
 
-def records(folder: Path, moments: int, prompts: int = 2) -> list[PreviewRecord]:
+def records(folder: Path, steps: int, prompts: int = 2) -> list[PreviewRecord]:
     found = []
-    for step in range(moments):
+    for step in range(steps):
         for index in reversed(range(prompts)):  # the order in which processes finish is no matter
             path = folder / f"{step}_{index}.png"
             Image.new("RGB", (32, 64), (40 * step % 256, 100 * index, 90)).save(path)
@@ -231,7 +231,7 @@ def test_the_sheet_has_prompts_down_and_steps_across(tmp_path: Path) -> None:
             assert sheet.getpixel((x, y)) == (40 * column, 100 * row, 90)
 
 
-def test_many_moments_are_thinned_and_the_first_and_last_stay(tmp_path: Path) -> None:
+def test_many_steps_are_thinned_and_the_first_and_last_stay(tmp_path: Path) -> None:
     columns = columns_of(records(tmp_path, 40, 1), most=8)
     steps = [column[0].step for column in columns]
     assert len(steps) == 8 and steps[0] == 0 and steps[-1] == 39 and steps == sorted(steps)
@@ -256,7 +256,7 @@ def test_a_picture_that_was_cut_short_leaves_a_gap_and_is_told(
     found[0].path.write_bytes(found[0].path.read_bytes()[:60])
     write_sheet(tmp_path / "sheet.png", found)
     sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.getpixel((6 + 128, 24 + 284 + 22 + 128)) == (255, 255, 255)  # the cut one: moment 0, prompt 1
+    assert sheet.getpixel((6 + 128, 24 + 284 + 22 + 128)) == (255, 255, 255)  # the cut one: step 0, prompt 1
     assert sheet.getpixel((6 + 128, 24 + 22 + 128)) == (0, 0, 90)
     assert found[0].path.name in caplog.text
 

@@ -19,7 +19,9 @@ from PIL import Image
 from library.common.errors import UserError
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics_file import Curves
-from library.monitoring.report.charts import (
+from library.monitoring.report.background_writer import ReportWriter
+from library.monitoring.report.html_page import DatasetSection, RunDescription, RunState, render
+from library.monitoring.report.svg_charts import (
     MOST_POINTS,
     Chart,
     Line,
@@ -29,9 +31,7 @@ from library.monitoring.report.charts import (
     smoothed,
     thinned,
 )
-from library.monitoring.report.page import DatasetSection, RunDescription, RunState, render
-from library.monitoring.report.pictures import PictureBox
-from library.monitoring.report.writer import ReportWriter
+from library.monitoring.report.thumbnails import ThumbnailCache
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 VOID = {"meta", "link", "img", "br", "input"}
@@ -102,7 +102,9 @@ def state(folder: Path | None = None, steps: int = 120) -> RunState:
             Image.new("RGB", (320, 200), (step, 90, 200)).save(folder / f"{step}.png")
             records.append(PreviewRecord(step, None, 0, NASTY, folder / f"{step}.png"))
     by_timestep = [None, *(0.1 * place for place in range(9))]
-    return RunState("training", steps, 6, 61.0, "2026-01-02 03:04", curves, by_timestep, PictureBox().sheet(records), 2)
+    return RunState(
+        "training", steps, 6, 61.0, "2026-01-02 03:04", curves, by_timestep, ThumbnailCache().sheet(records), 2
+    )
 
 
 def test_the_page_is_well_formed_and_shows_everything(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_labels_of_the_axis_have_room() -> None:
 def test_large_pictures_become_small_and_broken_ones_are_left_out(tmp_path: Path) -> None:
     Image.effect_noise((1600, 1200), 80).convert("RGB").save(tmp_path / "large.jpg")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    box = PictureBox()
+    box = ThumbnailCache()
     picture = box.picture(tmp_path / "large.jpg", "x", 112)
     assert picture is not None and picture.url.startswith("data:image/jpeg") and len(picture.url) < 20_000
     assert box.picture(tmp_path / "broken.png", "x", 112) is None
@@ -229,7 +231,7 @@ def test_it_is_written_at_most_every_so_often_and_at_the_end(tmp_path: Path) -> 
 
     writer = ReportWriter(tmp_path / "report.html", make, seconds_between=1000)
     for _ in range(50):
-        writer.poke()
+        writer.notify()
     wait_for((tmp_path / "report.html").exists)
     writer.close("finished")
     assert made == ["training", "finished"]
@@ -246,7 +248,7 @@ def test_training_does_not_wait_for_it(tmp_path: Path) -> None:
     writer = ReportWriter(tmp_path / "report.html", slow, seconds_between=0)
     started = time.monotonic()
     for _ in range(100):
-        writer.poke()
+        writer.notify()
     assert time.monotonic() - started < 5
     hold.set()
     writer.close("finished")
@@ -257,7 +259,7 @@ def test_a_report_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
         raise UserError("a bug in the report")
 
     writer = ReportWriter(tmp_path / "report.html", fails)
-    writer.poke()
+    writer.notify()
     writer.close("finished")
     assert "could not be written" in caplog.text and not (tmp_path / "report.html").exists()
 

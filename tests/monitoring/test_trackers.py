@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from library.common.errors import UserError
-from library.monitoring.async_scalars import WAITING_AT_MOST, LateValues
+from library.monitoring.async_scalars import MAX_PENDING, AsyncScalars
 from library.monitoring.metrics_file import Curves, MetricsFile
 from library.monitoring.trackers import (
     Trackers,
@@ -34,23 +34,23 @@ def read_lines(path: Path) -> list[dict]:
 
 def test_numbers_are_told_in_the_order_in_which_they_were_sent() -> None:
     told: list[object] = []
-    late = LateValues(torch.device("cpu"))
-    late.send(torch.tensor([1.0, 2.0]), told.append)
-    late.send(None, lambda _: told.append("epoch"))
-    late.send(torch.tensor([True]), told.append)
-    late.tell_all()
+    scalars = AsyncScalars(torch.device("cpu"))
+    scalars.push(torch.tensor([1.0, 2.0]), told.append)
+    scalars.push(None, lambda _: told.append("epoch"))
+    scalars.push(torch.tensor([True]), told.append)
+    scalars.flush()
     assert told == [[1.0, 2.0], "epoch", [1.0]]
 
 
 def test_processes_are_told_at_the_same_step() -> None:
     """All but the newest, however fast the numbers come."""
     told: list[list[float]] = []
-    late = LateValues(torch.device("cpu"), together=True)
+    scalars = AsyncScalars(torch.device("cpu"), lockstep=True)
     for number in range(3):
-        late.send(torch.tensor([float(number)]), told.append)
-        late.tell_arrived()
+        scalars.push(torch.tensor([float(number)]), told.append)
+        scalars.poll()
         assert len(told) == number
-    late.tell_all()
+    scalars.flush()
     assert told == [[0.0], [1.0], [2.0]]
 
 
@@ -61,23 +61,23 @@ def test_reading_numbers_does_not_wait_for_the_gpu() -> None:
     device = torch.device("cuda")
     torch.zeros(1, device=device, dtype=torch.float32).cpu()
     told: list[list[float]] = []
-    late = LateValues(device)
+    scalars = AsyncScalars(device)
     torch.cuda._sleep(1_000_000_000)
     value = torch.full((1,), 3.0, device=device)
     with torch.cuda.device(device):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            late.send(value, told.append)
-            late.tell_arrived()
+            scalars.push(value, told.append)
+            scalars.poll()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert told == []
-    late.tell_all()
+    scalars.flush()
     assert told == [[3.0]]
-    for number in range(WAITING_AT_MOST + 3):
-        late.send(torch.full((1,), float(number), device=device), told.append)
-    late.tell_all()
-    assert told[1:] == [[float(number)] for number in range(WAITING_AT_MOST + 3)]
+    for number in range(MAX_PENDING + 3):
+        scalars.push(torch.full((1,), float(number), device=device), told.append)
+    scalars.flush()
+    assert told[1:] == [[float(number)] for number in range(MAX_PENDING + 3)]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.saving.names import OutputNames, SaveRhythm, epochs_between_saves
+from library.saving.names import OutputNames, SaveSchedule, epochs_between_saves
 
 
 def test_names_with_an_output_name(tmp_path: Path) -> None:
@@ -86,12 +86,12 @@ def test_states_are_pruned_apart_from_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("every", "due"), [(None, []), (2, [2, 4]), (1, [1, 2, 3, 4, 5]), (7, [])])
 def test_epochs_that_are_due_leave_out_the_last(every: int | None, due: list[int]) -> None:
-    assert [epoch for epoch in range(1, 7) if SaveRhythm(every).epoch_is_due(epoch, 6)] == due
+    assert [epoch for epoch in range(1, 7) if SaveSchedule(every).epoch_is_due(epoch, 6)] == due
 
 
 def test_steps_that_are_due() -> None:
-    assert [step for step in range(1, 10) if SaveRhythm(None, 3).step_is_due(step)] == [3, 6, 9]
-    assert not SaveRhythm().step_is_due(1)
+    assert [step for step in range(1, 10) if SaveSchedule(None, 3).step_is_due(step)] == [3, 6, 9]
+    assert not SaveSchedule().step_is_due(1)
 
 
 @pytest.mark.parametrize(

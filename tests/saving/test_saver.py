@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from library.common.errors import UserError
 from library.saving import saver
-from library.saving.saver import WAITING_AT_MOST, BackgroundSaver, remove, write_weights
+from library.saving.saver import MAX_PENDING_JOBS, BackgroundSaver, remove, write_weights
 
 
 def test_jobs_are_done_in_order_and_all_of_them() -> None:
@@ -36,7 +36,7 @@ def test_handing_over_does_not_wait_for_the_disk() -> None:
     hold = threading.Event()
     with BackgroundSaver() as saver:
         started = time.monotonic()
-        for _ in range(WAITING_AT_MOST):
+        for _ in range(MAX_PENDING_JOBS):
             saver.submit(lambda: hold.wait(10) and None)
         assert time.monotonic() - started < 5
         hold.set()

@@ -1,4 +1,4 @@
-"""Charts as SVG text. Colours are CSS variables of the page, so that they follow light and dark."""
+"""Charts as SVG text. Colors are CSS variables of the page, so that they follow light and dark."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from html import escape
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
 MOST_POINTS = 400  # of a line; more cannot be seen
-COLOURS = 6  # --series-0 … --series-5
+COLORS = 6  # --series-0 … --series-5
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. x rises; values that are not finite are left out. colour: which of the page's series colours."""
+    """A curve. x rises; values that are not finite are left out. color: which of the page's series colors."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
+    color: int = 0
     style: str = "line"  # or "faint" (the raw values behind a smoothed line), or "dots"
 
 
@@ -54,7 +54,7 @@ def line_chart(chart: Chart) -> str:
 
 
 def bar_chart(title: str, labels: Sequence[str], values: Sequence[float | None], unit: str) -> str:
-    """A <figure> with a bar for each value; None is an empty place."""
+    """A <figure> with a bar for each value; None leaves a gap."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return (
@@ -64,8 +64,8 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float | None],
     parts = []
     for tick in nice_ticks(0.0, scale.high):
         parts.append(_grid_line(scale.y(tick), _tick(tick)))
-    for place, (label, value) in enumerate(zip(labels, values, strict=True)):
-        left, right = scale.x(place) + 2, scale.x(place + 1) - 2
+    for index, (label, value) in enumerate(zip(labels, values, strict=True)):
+        left, right = scale.x(index) + 2, scale.x(index + 1) - 2
         if value is not None and math.isfinite(value):
             top = scale.y(value)
             parts.append(
@@ -95,7 +95,7 @@ def thinned(line: Line, log: bool = False) -> Line:
     groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     x = [group[-1][0] for group in groups]
     y = [sum(value for _, value in group) / len(group) for group in groups]
-    return Line(line.name, x, y, line.colour, line.style)
+    return Line(line.name, x, y, line.color, line.style)
 
 
 def value_range(values: Sequence[float], log: bool) -> tuple[float, float]:
@@ -108,9 +108,9 @@ def value_range(values: Sequence[float], log: bool) -> tuple[float, float]:
     return (0.0 if 0 <= low < 0.5 * high else low - room), high + room
 
 
-def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers from low to high, about `wanted` of them."""
-    rough = (high - low) / wanted
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from low to high, about `count` of them."""
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -169,7 +169,7 @@ def _grid_line(y: float, label: str) -> str:
 def _drawn(line: Line, scale: _Scale) -> str:
     top, bottom = TOP - 2, HEIGHT - BOTTOM + 2
     points = [(scale.x(x), min(bottom, max(top, scale.y(y)))) for x, y in zip(line.x, line.y, strict=True)]
-    name = f"s{line.colour % COLOURS}"
+    name = f"s{line.color % COLORS}"
     dots = ""
     if line.style == "dots" or len(points) == 1:
         dots = "".join(f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points)
@@ -180,7 +180,7 @@ def _drawn(line: Line, scale: _Scale) -> str:
 def _legend(lines: Sequence[Line]) -> str:
     if len(lines) < 2:
         return ""
-    keys = [f'<span class="key s{line.colour % COLOURS} {line.style}">{escape(line.name)}</span>' for line in lines]
+    keys = [f'<span class="key s{line.color % COLORS} {line.style}">{escape(line.name)}</span>' for line in lines]
     return f'<div class="legend">{"".join(keys)}</div>'
 
 

@@ -8,14 +8,14 @@ from io import BytesIO
 from pathlib import Path
 
 from library.monitoring.contact_sheet import PreviewRecord, columns_of, fitted
-from library.monitoring.report.page import Picture, Sheet
+from library.monitoring.report.html_page import Picture, Sheet
 
 PREVIEW_SIDE, THUMBNAIL_SIDE = 256, 112  # pixels
 MOST_PROMPTS = 12
 
 
-class PictureBox:
-    """Makes each picture once, since the report is written many times."""
+class ThumbnailCache:
+    """Makes each thumbnail once, since the report is written many times."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Path, int], tuple[str, bool] | None] = {}
@@ -29,13 +29,13 @@ class PictureBox:
         return None if made is None else Picture(made[0], text, made[1])
 
     def sheet(self, records: Sequence[PreviewRecord]) -> Sheet:
-        """The previews, prompts down and moments across."""
+        """The previews, prompts down and steps across."""
         columns = columns_of(records)
         prompts = dict(sorted({record.index: record.prompt for column in columns for record in column}.items()))
         rows = []
         for index, prompt in list(prompts.items())[:MOST_PROMPTS]:
-            found = [next((record for record in column if record.index == index), None) for column in columns]
-            rows.append((prompt, [self._preview(record) for record in found]))
+            row = [next((record for record in column if record.index == index), None) for column in columns]
+            rows.append((prompt, [self._preview(record) for record in row]))
         return Sheet([column[0].title for column in columns], rows)
 
     def _preview(self, record: PreviewRecord | None) -> Picture | None:
@@ -45,7 +45,7 @@ class PictureBox:
 
 
 def _small(path: Path, side: int) -> tuple[str, bool] | None:
-    """A JPEG in a data URL, and whether the picture was smaller than wanted."""
+    """A JPEG in a data URL, and whether the picture was smaller than `side`."""
     from PIL import Image, ImageOps
 
     try:

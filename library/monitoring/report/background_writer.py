@@ -19,29 +19,29 @@ class ReportWriter:
 
     def __init__(self, path: Path, make: Callable[[str], str], seconds_between: float = SECONDS_BETWEEN):
         self.path, self.make, self.seconds_between = path, make, seconds_between
-        self._wanted, self._closing = threading.Event(), False
-        self._asked_at = -float("inf")
+        self._requested, self._closing = threading.Event(), False
+        self._requested_at = -float("inf")
         self._thread = threading.Thread(target=self._work, name="report", daemon=True)
         self._thread.start()
 
-    def poke(self) -> None:
-        """Something has changed; costs nothing where the report is young."""
+    def notify(self) -> None:
+        """Request a new report. Does nothing where the last request is younger than `seconds_between`."""
         now = time.monotonic()
-        if now - self._asked_at >= self.seconds_between:
-            self._asked_at = now
-            self._wanted.set()
+        if now - self._requested_at >= self.seconds_between:
+            self._requested_at = now
+            self._requested.set()
 
     def close(self, status: str) -> None:
-        """Write the last one, which tells how the run ended."""
+        """Write the last report, which says how the run ended."""
         self._closing = True
-        self._wanted.set()
+        self._requested.set()
         self._thread.join()
         self._write(status)
 
     def _work(self) -> None:
         while True:
-            self._wanted.wait()
-            self._wanted.clear()
+            self._requested.wait()
+            self._requested.clear()
             if self._closing:
                 return
             self._write("training")

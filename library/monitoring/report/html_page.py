@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, written anew while training goes on."""
+"""The report of a run: one HTML file that needs nothing else, rewritten during training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from library.common.progress import clock
 from library.monitoring.metrics_file import Curves
-from library.monitoring.report.charts import Chart, Line, bar_chart, line_chart, smoothed
+from library.monitoring.report.svg_charts import Chart, Line, bar_chart, line_chart, smoothed
 
 ASSETS = Path(__file__).parent / "report_assets"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -44,22 +44,22 @@ class Sheet:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What does not change while a run goes on."""
+    """The facts that stay the same during a run."""
 
     title: str
     max_steps: int
     epochs: int
     about: Sequence[str]  # a few words each: the model, the network, the optimizer
-    datasets: Sequence[DatasetSection]
-    options: Mapping[str, str]  # given ones
-    other_options: Mapping[str, str]  # left at their defaults
+    options: Mapping[str, str]  # with values other than their defaults
+    other_options: Mapping[str, str]  # at their defaults
     versions: Mapping[str, str]
     resume_command: str
+    datasets: Sequence[DatasetSection] = ()
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What does. status: "training", "finished" or what ended it. by_timestep: mean losses of equal ranges of 0..1000."""
+    """The facts that change. status: "training", "finished" or what ended it. by_timestep: mean losses of equal ranges of 0..1000."""
 
     status: str
     step: int
@@ -123,9 +123,9 @@ def charts(state: RunState) -> list[str]:
         steps, values = curves[f"loss/validation/{kind}_average"]
         lines.append(Line("validation", steps, values, 1, "dots"))
     rates = [name for name in curves.names() if name.startswith("lr/")]
-    rate_lines = [Line(name.removeprefix("lr/"), *curves[name], colour) for colour, name in enumerate(rates)]
+    rate_lines = [Line(name.removeprefix("lr/"), *curves[name], color) for color, name in enumerate(rates)]
     norm_x, norms = curves["gradient_norm"]
-    found = [
+    figures = [
         line_chart(Chart("Loss", lines)),
         line_chart(Chart("Learning rate", rate_lines)),
         bar_chart("Loss by timestep", _ranges(len(state.by_timestep)), state.by_timestep, "timesteps"),
@@ -140,9 +140,9 @@ def charts(state: RunState) -> list[str]:
         line_chart(Chart("Memory, GiB", [Line("GiB", *curves["memory_gib"], 4)], from_zero=True)),
     ]
     if curves["norm/avg_key_norm"][0]:
-        capped = [Line(label, *curves[name], colour) for colour, (name, label) in enumerate(NORMS.items())]
-        found.append(line_chart(Chart("Norms of the layers' changes", capped)))
-    return found
+        capped = [Line(label, *curves[name], color) for color, (name, label) in enumerate(NORMS.items())]
+        figures.append(line_chart(Chart("Norms of the layers' changes", capped)))
+    return figures
 
 
 def _head(run: RunDescription, state: RunState) -> str:
@@ -212,4 +212,4 @@ def _table(values: Mapping[str, str]) -> str:
 
 def _ranges(count: int) -> list[str]:
     """Labels of `count` equal ranges of timesteps."""
-    return [f"{1000 * place // count}–{1000 * (place + 1) // count}" for place in range(count)]
+    return [f"{1000 * index // count}–{1000 * (index + 1) // count}" for index in range(count)]

@@ -1,0 +1,93 @@
+"""Callback: draws previews when they are due, and puts all of the run's previews on one contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from library.monitoring.contact_sheet import PreviewRecord, write_sheet
+from library.monitoring.metrics import RunMetrics
+from library.monitoring.previews import Preview, step_tag
+from library.saving.saver import BackgroundSaver
+from library.training.train_progress import StepReport, TrainProgress
+from networks.network import Network
+
+
+class PreviewMaker(Protocol):
+    """Draws this rank's share of the previews; see Previewer."""
+
+    def make(self, tag: str, modules: Sequence[nn.Module]) -> list[Preview]: ...
+
+
+@dataclass(frozen=True)
+class PreviewSchedule:
+    """every_epochs wins over every_steps. sheet: the contact sheet's path."""
+
+    sheet: Path
+    at_first: bool = False  # before the first step of a run that starts at 0
+    every_steps: int | None = None
+    every_epochs: int | None = None
+
+    def step_is_due(self, step: int) -> bool:
+        return not self.every_epochs and bool(self.every_steps) and step % (self.every_steps or 1) == 0
+
+    def epoch_is_due(self, epoch: int) -> bool:
+        return bool(self.every_epochs) and epoch % (self.every_epochs or 1) == 0
+
+
+class Previews:
+    """Draws previews with the averaged weights at full strength, whatever the training batch's multiplier."""
+
+    def __init__(
+        self,
+        schedule: PreviewSchedule,
+        previewer: PreviewMaker,
+        network: Network,
+        metrics: RunMetrics,
+        saver: BackgroundSaver,
+        gather: Callable[[list[PreviewRecord]], list[PreviewRecord]],
+        should_stop: Callable[[], bool],
+        records: list[PreviewRecord],
+        contexts: Sequence[Callable[[], AbstractContextManager[None]]] = (),
+    ):
+        """records: previews of the whole run, to which new ones are added. contexts: entered in order around drawing."""
+        self.schedule, self.previewer, self.network = schedule, previewer, network
+        self.metrics, self.saver, self.gather = metrics, saver, gather
+        self.should_stop, self.records, self.contexts = should_stop, records, contexts
+
+    def start(self, progress: TrainProgress) -> None:
+        """Draw the previews that come before the first step."""
+        if self.schedule.at_first and progress.step == 0:
+            self.make(progress, epoch=0 if self.schedule.every_epochs else None)
+
+    def on_step_end(self, report: StepReport) -> None:
+        if self.schedule.step_is_due(report.progress.step):
+            self.make(report.progress, epoch=None)
+
+    def on_epoch_end(self, progress: TrainProgress) -> None:
+        if self.schedule.epoch_is_due(progress.epoch):
+            self.make(progress, progress.epoch)
+
+    def make(self, progress: TrainProgress, epoch: int | None) -> None:
+        """Draw all previews now; a run that is stopping does not wait for them. epoch: in their names in place of the step."""
+        if self.should_stop():
+            return
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            multiplier = self.network.multiplier
+            self.network.set_multiplier(1.0)
+            previews = self.previewer.make(step_tag(progress.step, epoch), [self.network])
+            self.network.set_multiplier(multiplier)
+        own = [PreviewRecord(progress.step, epoch, p.index, p.prompt.prompt, p.path) for p in previews]
+        records = sorted(self.gather(own), key=lambda record: record.index)
+        self.records += records
+        if self.metrics.accelerator.is_main_process:
+            self.metrics.record_previews(progress, records)
+            shown = list(self.records)
+            self.saver.submit(lambda: write_sheet(self.schedule.sheet, shown))

@@ -1,0 +1,98 @@
+"""Callback: measures the loss on held-out images when it is due, and records it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from library.common.progress import progress_bar
+from library.common.seeds import StepGenerators
+from library.data.loader import Batch, Loader
+from library.monitoring.metrics import RunMetrics
+from library.training.step import BatchLosses
+from library.training.train_progress import StepReport, TrainProgress
+from library.training.validation import validate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ValidationLosses = Callable[[Batch, StepGenerators, int], BatchLosses]
+"""(batch, generators, timestep) -> the batch's losses."""
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """When validation runs (every how many steps or epochs; neither: after every epoch) and on what."""
+
+    timesteps: Sequence[int]
+    seed: int
+    batches: int  # of one rank, all of them
+    max_batches: int | None = None
+    every_steps: int | None = None
+    every_epochs: int | None = None
+
+    def step_is_due(self, step: int) -> bool:
+        return bool(self.every_steps) and step % (self.every_steps or 1) == 0
+
+    def epoch_is_due(self, epoch: int) -> bool:
+        every = self.every_epochs or (None if self.every_steps else 1)
+        return every is not None and epoch % every == 0
+
+
+class Validation:
+    """Every held-out batch at fixed timesteps with fixed noise, the same at every validation."""
+
+    def __init__(
+        self,
+        settings: ValidationSettings,
+        loader: Loader,
+        losses: ValidationLosses,
+        network: nn.Module,
+        accelerator: Accelerator,
+        metrics: RunMetrics,
+        should_stop: Callable[[], bool],
+        contexts: Sequence[Callable[[], AbstractContextManager[None]]] = (),
+    ):
+        """contexts: entered in order around the forward passes: averaged weights, say. network: put in eval mode."""
+        self.settings, self.loader, self.losses, self.network = settings, loader, losses, network
+        self.accelerator, self.metrics = accelerator, metrics
+        self.should_stop, self.contexts = should_stop, contexts
+
+    def on_step_end(self, report: StepReport) -> None:
+        if self.settings.step_is_due(report.progress.step):
+            self.run(report.progress, "step")
+
+    def on_epoch_end(self, progress: TrainProgress) -> None:
+        if self.settings.epoch_is_due(progress.epoch):
+            self.run(progress, "epoch")
+
+    def run(self, progress: TrainProgress, kind: str) -> None:
+        """Validate and record the loss. A run that is stopping does not wait for it. kind: "step" or "epoch"."""
+        if self.should_stop():
+            return
+        settings, accelerator = self.settings, self.accelerator
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            total = validate(
+                self.loader.batches(0),
+                self.losses,
+                settings.timesteps,
+                settings.seed,
+                settings.max_batches,
+                StepGenerators(accelerator.device),
+                [self.network],
+                self._with_progress_bar,
+                (accelerator.process_index, accelerator.num_processes),
+            )
+        total = cast(Tensor, accelerator.reduce(total, "sum"))  # [sum, count]
+        self.metrics.record_validation(progress, kind, total)
+
+    def _with_progress_bar(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        settings = self.settings
+        count = min(settings.batches, settings.max_batches or settings.batches)
+        return progress_bar(batches, "Validation", self.accelerator.is_main_process, count)
