@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class BaseWeights:
     """The changes of LoRA and LyCORIS files, ready to be merged part by part: each encoder when it is loaded, then the MMDiT.
 
-    A part must be merged before it is quantised. Sums are made in float32, where the weights are, and kept in their dtype.
+    A part must be merged before it is quantized. Sums are made in float32, where the weights are, and kept in their dtype.
     """
 
     def __init__(self, files: Iterable[tuple[str, float]]):
@@ -65,7 +65,7 @@ class BaseWeights:
         return self.merge([model if number == index else None for number in range(count)], None)
 
     def merge(self, text_encoders: Sequence[nn.Module | None], mmdit: nn.Module | None) -> int:
-        """Change the given models' weights (text_encoders: CLIP-L, CLIP-G, T5-XXL, or None). Returns how many layers were.
+        """Change the models' weights (text_encoders: CLIP-L, CLIP-G, T5-XXL, or None) and return the number of changed layers.
 
         UserError where a file names layers that they lack, or does not fit; that file then changes nothing.
         """

@@ -3,7 +3,7 @@
 kohya: `lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight` [r, in], `.lora_up.weight` [out, r], `.alpha`; strength alpha / r.
 diffusers: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`, `.lora_B.weight`; strength 1, so lora_B takes in alpha / r.
 
-Three places are more than other names. The fused q, k, v are three layers there: they share lora_A, lora_B is cut in three. The
+Three things differ in more than their names. The fused q, k, v are three layers there: they share lora_A, lora_B is cut in three. The
 last block's context and the final layer modulate by (shift, scale), there by (scale, shift). And the block-diagonal Up of a
 LoRA with pairs of their own for q, k and v is taken apart. diffusers reads no T5 LoRA (ComfyUI does, as `text_encoder_3.`)
 and has no form for DoRA with a magnitude per input or for LyCORIS.
@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], where: str = "the LoRA") -> dict
 
 
 def diffusers_problems(keys: Iterable[str], where: str = "the LoRA") -> list[str]:
-    """Why the tensors of these names can't be told in diffusers' layout, a sentence each; empty when they can."""
+    """Why the tensors of these names have no form in diffusers' layout, a sentence each; empty when they can."""
     layers = group_by_layer(dict.fromkeys(keys), where)
     dora = [name for name, layer in layers.items() if "dora_scale" in layer]
     other = [name for name, layer in layers.items() if layer.keys() - PLAIN_SUFFIXES - {"dora_scale"}]
@@ -154,12 +153,12 @@ def to_kohya(
     layers = _by_path(tensors, where)
     names = kohya_names(layers)
     pairs = _read_pairs(layers, tensors, _adapter_config(metadata, where), where)
-    found: dict[str, dict[int, Pair]] = {}
+    pairs_by_name: dict[str, dict[int, Pair]] = {}  # kohya name -> which third (see kohya_names) -> pair
     for path, pair in pairs.items():
-        name, place = names[path]
-        found.setdefault(name, {})[place] = pair
+        name, third = names[path]
+        pairs_by_name.setdefault(name, {})[third] = pair
     converted: dict[str, Tensor] = {}
-    for name, parts in found.items():
+    for name, parts in pairs_by_name.items():
         is_fused = name.endswith("_qkv") and -1 not in parts
         pair = _fused(name, parts, where) if is_fused else next(iter(parts.values()))
         from_diffusers_names = -1 not in parts
@@ -202,7 +201,7 @@ def _by_path(keys: Iterable[str], where: str) -> dict[str, dict[str, str]]:
 
 
 def _read_pairs(
-    layers: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
+    layers: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor], config: Mapping[str, object], where: str
 ) -> dict[str, Pair]:
     """Pairs by module path. UserError names the paths where none is whole."""
     pairs, broken = {}, []
@@ -219,7 +218,7 @@ def _read_pairs(
     return pairs
 
 
-def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
+def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str, object]:
     text = (metadata or {}).get(ADAPTER_CONFIG)
     if text is None:
         return {}
@@ -232,33 +231,45 @@ def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str,
     try:
         for key, value in config.items():
             if key.endswith("alpha_pattern"):
-                for pattern, alpha in (value or {}).items():
-                    re.compile(pattern), float(alpha)
+                for pattern, alpha in _patterns(value).items():
+                    re.compile(pattern), _number(alpha)
             elif key.endswith("lora_alpha"):
-                float(value)
-    except (AttributeError, TypeError, ValueError, re.error):
+                _number(value)
+    except (TypeError, ValueError, re.error):
         raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} has alphas that are no numbers.") from None
     return config
 
 
-def _configured_scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
+def _configured_scale(path: str, rank: int, config: Mapping[str, object]) -> float:
     """alpha / rank as PEFT has it from its configuration: patterns match the end of a module's path.
 
     diffusers' names are behind the model's ("transformer.lora_alpha"), PEFT's own stand alone.
     """
     part, _, inner = path.partition(".")
 
-    def setting(name: str) -> Any:
+    def setting(name: str) -> object:
         return config.get(f"{part}.{name}", config.get(name))
 
     alpha = setting("lora_alpha")
     if alpha is None:
         return 1.0
-    for pattern, value in (setting("alpha_pattern") or {}).items():
+    for pattern, value in _patterns(setting("alpha_pattern")).items():
         if re.match(rf"(.*\.)?({pattern})$", inner):
             alpha = value
             break
-    return float(alpha) / (rank**0.5 if setting("use_rslora") else rank)
+    return _number(alpha) / (rank**0.5 if setting("use_rslora") else rank)
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float | str):
+        raise TypeError(f"no number: {value!r}")
+    return float(value)
+
+
+def _patterns(value: object) -> dict[str, object]:
+    if not isinstance(value or {}, dict):
+        raise TypeError(f"no table: {value!r}")
+    return dict(value) if isinstance(value, dict) else {}
 
 
 def _fused(name: str, parts: Mapping[int, Pair], where: str) -> Pair:
@@ -267,13 +278,13 @@ def _fused(name: str, parts: Mapping[int, Pair], where: str) -> Pair:
         raise UserError(f"{where}: q, k and v of {name} differ in size.")
     first = next(iter(parts.values()))
     scale = first.scale if len({pair.scale for pair in parts.values()}) == 1 else 1.0
-    ups = {place: pair.up if scale == pair.scale else scaled(pair.up, pair.scale) for place, pair in parts.items()}
+    ups = {third: pair.up if scale == pair.scale else scaled(pair.up, pair.scale) for third, pair in parts.items()}
     if len({up.dtype for up in ups.values()}) > 1:
-        ups = {place: up.float() for place, up in ups.items()}
+        ups = {third: up.float() for third, up in ups.items()}
     height, dtype = first.up.shape[0], next(iter(ups.values())).dtype
     if all(torch.equal(pair.down, first.down) for pair in parts.values()):
         empty = torch.zeros_like(first.up, dtype=dtype)
-        return Pair(first.down, torch.cat([ups.get(place, empty) for place in range(THIRDS)]), scale)
-    places = [ups.get(place, torch.zeros(height, 0, dtype=dtype)) for place in range(THIRDS)]
-    down = torch.cat([parts[place].down for place in sorted(parts)])
-    return Pair(down, torch.block_diag(*places), scale)
+        return Pair(first.down, torch.cat([ups.get(third, empty) for third in range(THIRDS)]), scale)
+    blocks = [ups.get(third, torch.zeros(height, 0, dtype=dtype)) for third in range(THIRDS)]
+    down = torch.cat([parts[third].down for third in sorted(parts)])
+    return Pair(down, torch.block_diag(*blocks), scale)

@@ -65,26 +65,26 @@ def _text_path(name: str) -> str | None:
 
 def kohya_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
     """Module path -> (kohya name, which third it is; 0 where the layer is whole, -1 where the path is the checkpoint's own)."""
-    found = {}
+    names = {}
     for path in paths:
         bare = path.removeprefix("transformer.")
         block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", bare)
-        places = [
+        in_block = [
             (name, layers.index(block[2])) for name, layers in BLOCK_LAYERS.items() if block and block[2] in layers
         ]
         others = [name for name, other in OTHER_LAYERS.items() if bare == other]
         own = "lora_unet_" + path.removeprefix("diffusion_model.").replace(".", "_")
-        if block and places:
-            found[path] = (f"lora_unet_joint_blocks_{block[1]}_{places[0][0]}", places[0][1])
+        if block and in_block:
+            names[path] = (f"lora_unet_joint_blocks_{block[1]}_{in_block[0][0]}", in_block[0][1])
         elif path.startswith("diffusion_model.") and diffusers_paths(own):
-            found[path] = (own, -1)
+            names[path] = (own, -1)
         elif others:
-            found[path] = ("lora_unet_" + others[0], 0)
+            names[path] = ("lora_unet_" + others[0], 0)
         else:
             name = _text_name(path)
             if name is not None:
-                found[path] = (name, 0)
-    return found
+                names[path] = (name, 0)
+    return names
 
 
 def _text_name(path: str) -> str | None:

@@ -23,22 +23,22 @@ EPSILON = torch.finfo(torch.float32).eps  # readers add it to the norm
 class DoRALayer(LoRALayer):
     """A LoRA layer whose columns carry a trained magnitude.
 
-    Since W' x = (W + D) (m / norm * x), a pre-hook scales the frozen layer's input and the rest is LoRA: one product with W,
+    Since W' x = (W + D) (m / norm * x), a pre-hook scales the base layer's input and the rest is LoRA: one matmul with W,
     and no weight is ever merged. The norm needs Up' W, so W's values must be there when the layer runs: plain, swapped in or
-    quantised; on the meta device there are sizes alone. The norm counts as a constant in the gradient (section 4.3).
+    quantized; on the meta device there are sizes alone. The norm counts as a constant in the gradient (section 4.3).
     """
 
-    exact = ("alpha", "dora_scale", "base_squared")
+    fp32_tensors = ("alpha", "dora_scale", "base_squared")
     base_squared: Tensor
 
     def __init__(self, layer: BaseLayer, settings: LayerSettings):
         super().__init__(layer, settings)
-        home = "meta" if layer.weight.is_meta else "cpu"
-        squared = column_norms_squared(dense_weight(layer)).to(home)  # [1, in] or [1, in, 1, 1]
+        device = "meta" if layer.weight.is_meta else "cpu"
+        squared = column_norms_squared(dense_weight(layer)).to(device)  # [1, in] or [1, in, 1, 1]
         self.dora_scale = nn.Parameter(squared.sqrt())
         self.register_buffer("base_squared", squared, persistent=False)
-        # of the forward under way, handed from the pre-hook to the hook: input, m / norm, kept by module dropout
-        self._input: tuple[Tensor, Tensor, Tensor | None] | None = None
+        # handed from the pre-hook to the hook of one forward: input, m / norm, kept by module dropout
+        self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def attach(self) -> None:
         if not self._handles:
@@ -73,30 +73,30 @@ class DoRALayer(LoRALayer):
         if not self.enabled:
             return None
         x = args[0]
-        full = self.dora_scale.float() / (self.merged_norm() + EPSILON)
+        factor = self.dora_scale.float() / (self.merged_norm() + EPSILON)  # m / norm, [1, in]
         kept = super()._module_kept(x.device) if self.training and self.settings.module_dropout else None
-        self._input = (x, full, kept)
+        self._pending = (x, factor, kept)
         strength = self.multiplier if kept is None else self.multiplier * kept
-        applied = 1 + strength * (full - 1)
+        applied = 1 + strength * (factor - 1)
         if not self.is_conv:
             applied = applied[0]  # [in]
-        return ((x * applied).to(x.dtype), *args[1:])  # the product in float32: 1 + 1e-3 is 1 in bfloat16
+        return ((x * applied).to(x.dtype), *args[1:])  # multiplied in float32: 1 + 1e-3 is 1 in bfloat16
 
     def _after_layer(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         if not self.enabled:
             return None
-        assert self._input is not None
-        out = self(self._input[0], out)
-        self._input = None
+        assert self._pending is not None
+        out = self(self._pending[0], out)
+        self._pending = None
         return out
 
-    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
-        assert self._input is not None
-        return super()._down(x, weight * self._input[1])
+    def _project_down(self, x: Tensor, weight: Tensor) -> Tensor:
+        assert self._pending is not None
+        return super()._project_down(x, weight * self._pending[1])
 
     def _module_kept(self, device: torch.device) -> Tensor:
-        assert self._input is not None and self._input[2] is not None
-        return self._input[2]
+        assert self._pending is not None and self._pending[2] is not None
+        return self._pending[2]
 
 
 def column_norms_squared(weight: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""Which LoRA is wanted: `--network_dim`, `--network_alpha`, `--network_dropout` and `--network_args` of networks.lora_sd3."""
+"""`--network_dim`, `--network_alpha`, `--network_dropout` and `--network_args` of networks.lora_sd3, as `LoraSettings`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from library.common.errors import UserError
 from networks.arguments import (
     Parser,
     boolean,
     choice,
+    make_settings,
     number,
     probability,
     split_arguments,
@@ -65,7 +65,7 @@ class LoraSettings:
 
 def embedder_ranks(text: str) -> tuple[int, ...]:
     """ "[2,3,4,5,6,7]", with or without brackets, as six ranks."""
-    wanted = f"six whole numbers such as [4,0,0,4,0,0], for {', '.join(EMBEDDERS)}"
+    expected = f"six whole numbers such as [4,0,0,4,0,0], for {', '.join(EMBEDDERS)}"
     inner = text.strip()
     if inner.startswith("[") and inner.endswith("]"):
         inner = inner[1:-1]
@@ -73,9 +73,9 @@ def embedder_ranks(text: str) -> tuple[int, ...]:
     try:
         ranks = tuple(parse(part) for part in inner.split(","))
     except ValueError:
-        raise ValueError(wanted) from None
+        raise ValueError(expected) from None
     if len(ranks) != len(EMBEDDERS):
-        raise ValueError(wanted)
+        raise ValueError(expected)
     return ranks
 
 
@@ -96,8 +96,8 @@ def block_indices(text: str) -> frozenset[int] | None:
     return frozenset(blocks)
 
 
-_rank: Parser = whole_number(0, MAX_RANK)
-_ratio: Parser = number(1e-6, 1e6, "a positive number")
+_rank = whole_number(0, MAX_RANK)
+_ratio = number(1e-6, 1e6, "a positive number")
 PARSERS: Mapping[str, Parser] = {
     "context_attn_dim": _rank,
     "context_mlp_dim": _rank,
@@ -107,7 +107,7 @@ PARSERS: Mapping[str, Parser] = {
     "x_mod_dim": _rank,
     "emb_dims": embedder_ranks,
     "conv_dim": _rank,
-    "conv_alpha": number(0.0, wanted="a number of at least 0"),
+    "conv_alpha": number(0.0, expected="a number of at least 0"),
     "train_block_indices": block_indices,
     "split_qkv": boolean,
     "train_t5xxl": boolean,
@@ -125,7 +125,7 @@ PARSERS: Mapping[str, Parser] = {
 
 
 def read_settings(
-    texts: Mapping[str, Any],
+    texts: Mapping[str, object],
     network_dim: int | None = None,
     network_alpha: float | None = 1.0,
     neuron_dropout: float | None = None,
@@ -142,7 +142,7 @@ def read_settings(
     if neuron_dropout is not None:
         values["dropout"] = neuron_dropout
     values["rank"] = DEFAULT_RANK if network_dim is None else network_dim
-    return LoraSettings(alpha=network_alpha, **values)
+    return make_settings(LoraSettings, {"alpha": network_alpha, **values})
 
 
 def check_network_args(
@@ -166,11 +166,11 @@ def trains_t5xxl(args: Iterable[str] | None) -> bool:
     """Whether `--network_args` ask for a LoRA on T5 (the default is no). What is wrong with them is for `check_network_args`."""
     texts, _ = split_arguments(args or [])
     values, _ = typed_values({"train_t5xxl": texts.get("train_t5xxl", "false")}, {"train_t5xxl": boolean})
-    return values.get("train_t5xxl", False)
+    return bool(values.get("train_t5xxl", False))
 
 
 def _range_problems(
-    values: Mapping[str, Any],
+    values: Mapping[str, object],
     network_dim: int | None,
     network_alpha: float | None,
     neuron_dropout: float | None,
@@ -186,7 +186,7 @@ def _range_problems(
     if neuron_dropout is not None and values.get("dropout", neuron_dropout) != neuron_dropout:
         problems.append("--network_dropout and dropout in --network_args are the same thing and differ: give one.")
     blocks = values.get("train_block_indices")
-    if blocks is not None and depth is not None:
+    if isinstance(blocks, frozenset) and depth is not None:
         beyond = sorted(block for block in blocks if block >= depth)
         if beyond:
             names = ", ".join(map(str, beyond))

@@ -36,7 +36,7 @@ class LoraFile:
 def read_lora(path: str | Path, damaged: bool = False) -> LoraFile:
     """A LoRA or LyCORIS file of kohya's, or a LoRA file of diffusers' or PEFT's layout. UserError where it can't be read or is none.
 
-    damaged: let pass layers of kohya's layout whose tensors don't fit each other, for those who tell of them better.
+    damaged: accept layers of kohya's layout whose tensors don't fit each other, for callers that report them in more detail.
     """
     path = Path(path)
     tensors = read_network_file(path)
@@ -54,7 +54,7 @@ def read_lora(path: str | Path, damaged: bool = False) -> LoraFile:
 
 @dataclass(frozen=True)
 class FileLayers:
-    """What a network is made of under --dim_from_weights."""
+    """The layers of a network under --dim_from_weights."""
 
     where: str  # the file, for errors
     tensors: Mapping[str, Tensor]  # all of it, in kohya's layout
@@ -66,20 +66,20 @@ class FileLayers:
 
 
 def layers_of_file(
-    file: str | None, given: Mapping[str, Tensor] | None, available: Mapping[str, nn.Module]
+    file: str | None, weights: Mapping[str, Tensor] | None, available: Mapping[str, nn.Module]
 ) -> FileLayers:
-    """The layers of a LoRA file, or of the given tensors in kohya's layout, that belong to `available`, a model's layers by LoRA name.
+    """The layers of a LoRA file, or of `weights` in kohya's layout, that belong to `available`, a model's layers by LoRA name.
 
     Parts that the model lacks are left out with a warning. UserError for a layer that it lacks in a part that it has.
     """
     where = str(file or "the given weights")
-    tensors = read_lora(where, damaged=True).tensors if given is None else given
-    found = without_absent_parts(group_by_layer(tensors, where), parts_of(available), where)
-    unknown = [name for name in found if name not in available]
+    tensors = read_lora(where, damaged=True).tensors if weights is None else weights
+    layers = without_absent_parts(group_by_layer(tensors, where), parts_of(available), where)
+    unknown = [name for name in layers if name not in available]
     if unknown:
         near = nearest_name(unknown[0], available)
         raise UserError(f"{where} has LoRAs for layers that this model lacks: {listed(unknown)}.{near}")
-    return FileLayers(where, tensors, found)
+    return FileLayers(where, tensors, layers)
 
 
 def names_in_file(path: str | Path) -> set[str]:
@@ -92,7 +92,7 @@ def names_in_file(path: str | Path) -> set[str]:
 
 
 def check_lora_file(path: str | Path) -> list[str]:
-    """What is wrong with a LoRA file as far as its names tell, a sentence each: for preflights."""
+    """What is wrong with a LoRA file according to its names, a sentence each: for the checks before a run."""
     try:
         names_in_file(path)
     except UserError as error:
@@ -103,8 +103,8 @@ def check_lora_file(path: str | Path) -> list[str]:
 def _config_beside(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
     """The alphas of a file of PEFT's own, which keeps them in a file beside it, as diffusers has them in the metadata."""
     names = list(keys)
-    told = ADAPTER_CONFIG in metadata or any(name.endswith(".alpha") for name in names)
-    if told or not any(name.startswith(PEFT_PREFIX) for name in names):
+    has_alphas = ADAPTER_CONFIG in metadata or any(name.endswith(".alpha") for name in names)
+    if has_alphas or not any(name.startswith(PEFT_PREFIX) for name in names):
         return {}
     config = path.with_name(PEFT_CONFIG)
     try:

@@ -60,7 +60,7 @@ TEXT_LAYER = re.compile(
     r"text_model\.encoder\.layers\.\d+\.(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])"  # CLIP
     r"|encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)"  # T5
 )
-# the places of emb_dims, in its order
+# the layers that each number of emb_dims is for, in its order
 EMBEDDER_LAYERS = (
     ("context_embedder",),
     ("t_embedder.mlp.0", "t_embedder.mlp.2"),
@@ -94,7 +94,7 @@ def create_network(
     network_dim None is rank 4; network_alpha None or 0 is the rank. kwargs: the texts of `--network_args` by key. vae is not
     used (network modules share this signature). UserError lists all that is wrong with the arguments.
     """
-    depth = None if mmdit is None else len(_blocks(mmdit))
+    depth = None if mmdit is None else _depth(mmdit)
     settings = read_settings(kwargs, network_dim, network_alpha, neuron_dropout, depth)
     if settings.conv_dim is not None and not (settings.emb_dims and settings.emb_dims[2]):
         logger.warning(
@@ -130,18 +130,18 @@ def create_network_from_weights(
         settings = replace(settings, rank_dropout=0.0, module_dropout=0.0)
     available = layers_by_name(text_encoders or [], mmdit)
     from_file = layers_of_file(file, weights_sd, available)
-    found, where = from_file.layers, from_file.where
-    no_lora = [name for name, layer in found.items() if "lora_down.weight" not in layer]
+    tensors_by_name, where = from_file.layers, from_file.where
+    no_lora = [name for name, layer in tensors_by_name.items() if "lora_down.weight" not in layer]
     if no_lora:
         raise UserError(
             f"{where} is no plain LoRA: {listed(no_lora)} lack lora_down. LyCORIS files go with --network_module=lycoris.kohya."
         )
     targets = [
-        Target(name, layer, _layer_settings(settings, rank=found[name]["lora_down.weight"].shape[0]))
+        Target(name, layer, _layer_settings(settings, rank=tensors_by_name[name]["lora_down.weight"].shape[0]))
         for name, layer in available.items()
-        if name in found
+        if name in tensors_by_name
     ]
-    dora = {name for name, layer in found.items() if "dora_scale" in layer}
+    dora = {name for name, layer in tensors_by_name.items() if "dora_scale" in layer}
     network = _build(targets, settings, multiplier, dora)
     network.load_tensors(from_file.tensors_of_layers, where)
     return network, from_file.tensors
@@ -231,10 +231,10 @@ def _build(
 
 
 def first_block(names: Iterable[str]) -> int:
-    """The first joint block that gets gradients from layers of these names; 0 where one lies before all blocks."""
-    found = [re.search(r"joint_blocks_(\d+)_", name) for name in names]
-    return min((int(match[1]) if match else 0 for match in found), default=0)
+    """The first joint block that gets gradients from layers of these names; 0 where one is before all blocks."""
+    matches = [re.search(r"joint_blocks_(\d+)_", name) for name in names]
+    return min((int(match[1]) if match else 0 for match in matches), default=0)
 
 
-def _blocks(mmdit: nn.Module) -> Sequence[nn.Module]:
-    return mmdit.get_submodule("joint_blocks")  # type: ignore[return-value]
+def _depth(mmdit: nn.Module) -> int:
+    return sum(1 for _ in mmdit.get_submodule("joint_blocks").children())

@@ -1,8 +1,8 @@
 """One of LyCORIS's algorithms as a network layer: its parameters and start are LyCORIS's, the rest is shared.
 
-Factored algorithms (LoCon, LoHa, LoKr, GLoRA) act on activations and never read the frozen weight. For the others, and for
+Factored algorithms (LoCon, LoHa, LoKr, GLoRA) act on activations and never read the base weight. For the others, and for
 DoRA, the hook makes the changed weight as a reader of the file would (networks.merging), in float32: LyCORIS's own forward
-adds the change in the frozen weight's dtype, where bfloat16 loses most of it, and without autocast mixes dtypes.
+adds the change in the base weight's dtype, where bfloat16 loses most of it, and without autocast mixes dtypes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROTATIONS = ("diag-oft", "boft")
 
 class LycorisLayer(NetworkLayer):
     def __init__(self, inner: Any, bypass: bool, module_dropout: float = 0.0):
-        """inner: a module of lycoris.modules, made for the frozen layer and not applied to it.
+        """inner: a module of lycoris.modules, made for the base layer and not applied to it.
 
         bypass: act on activations where the algorithm can.
         """
@@ -73,7 +73,8 @@ class LycorisLayer(NetworkLayer):
             return tensors if self.inner.bias is None else tensors | {"diff_b": self.inner.bias}
         if self.inner.name in ROTATIONS:
             return {"oft_blocks": self.inner.oft_blocks, "alpha": self.inner.alpha.float()}
-        return self.inner.custom_state_dict()
+        own: dict[str, Tensor] = self.inner.custom_state_dict()
+        return own
 
     def check_compatible(self, tensors: Mapping[str, Tensor]) -> str | None:
         return None
@@ -111,7 +112,7 @@ class LycorisLayer(NetworkLayer):
         return (self.inner.name, "") if rank is None else (f"{self.inner.name} {rank}", f"{self.inner.scale * rank:g}")
 
     def _glora(self, x: Tensor) -> Tensor:
-        """strength * (W A1 A2 + B1 B2) x for a Linear, with W A1 made by the frozen layer itself, whatever its storage."""
+        """strength * (W A1 A2 + B1 B2) x for a Linear, with W A1 made by the base layer itself, whatever its storage."""
         a1, a2, b1, b2 = (getattr(self.inner, name).weight.flatten(1).to(x.dtype) for name in ("a1", "a2", "b1", "b2"))
         if isinstance(self.layer, nn.Conv2d):
             return self._rebuilt(x)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from library.common.errors import UserError
-from networks.arguments import Parser, boolean, choice, number, probability, split_arguments, typed_values, whole_number
+from networks.arguments import (
+    Parser,
+    boolean,
+    choice,
+    make_settings,
+    number,
+    probability,
+    split_arguments,
+    typed_values,
+    whole_number,
+)
 from networks.lora_arguments import DEFAULT_RANK, MAX_RANK
 
 # what ComfyUI and the clients built on it read
@@ -29,7 +38,7 @@ REFUSED = {
     "rescaled": "readers leave the rescaling out, so the file would act otherwise than in training",
     "train_llm_adapter": "SD3 has no such part",
 }
-_ratio: Parser = number(1e-6, 1e6, "a positive number")
+_ratio = number(1e-6, 1e6, "a positive number")
 
 
 def _algorithm(text: str) -> str:
@@ -49,7 +58,7 @@ PARSERS: Mapping[str, Parser] = {
     "algo": _algorithm,
     "preset": _preset,
     "conv_dim": whole_number(0, MAX_RANK),
-    "conv_alpha": number(0.0, wanted="a number of at least 0"),
+    "conv_alpha": number(0.0, expected="a number of at least 0"),
     "dropout": probability(),
     "rank_dropout": probability(),
     "rank_dropout_scale": boolean,
@@ -76,7 +85,7 @@ PARSERS: Mapping[str, Parser] = {
 
 @dataclass(frozen=True)
 class LycorisSettings:
-    """What LyCORIS is asked for. Names are LyCORIS's; see its documentation for the algorithms' own options."""
+    """Settings of a LyCORIS network. Names are LyCORIS's; see its documentation for the algorithms' own options."""
 
     rank: int = DEFAULT_RANK
     alpha: float | None = 1.0
@@ -95,11 +104,11 @@ class LycorisSettings:
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
     verbose: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)  # handed to LyCORIS's modules as they are
+    options: Mapping[str, object] = field(default_factory=dict)  # passed to LyCORIS's modules unchanged
 
 
 def read_settings(
-    texts: Mapping[str, Any],
+    texts: Mapping[str, object],
     network_dim: int | None = None,
     network_alpha: float | None = 1.0,
     neuron_dropout: float | None = None,
@@ -110,13 +119,7 @@ def read_settings(
     if network_dim is not None and not 1 <= network_dim <= MAX_RANK:
         problems.append(f"--network_dim must be from 1 to {MAX_RANK} for LyCORIS, not {network_dim}.")
     rank = DEFAULT_RANK if network_dim is None else network_dim
-    if values.get("rank_dropout_scale") and values.get("algo", "lora") in ("lora", "locon"):
-        dropped = values.get("rank_dropout", 0.0) ** max(rank, 1)  # all ranks of a layer at once
-        if dropped > OFTEN_ALL_DROPPED:
-            problems.append(
-                f"--network_args: rank_dropout_scale divides by the share of ranks that are kept, and of {rank} ranks none is "
-                f"kept too often ({dropped:.0e} of a layer's steps). Leave it out, or raise --network_dim."
-            )
+    problems += _rank_dropout_problems(values, rank)
     if problems:
         raise UserError(problems)
     algo = values.pop("algo", "lora")
@@ -129,15 +132,14 @@ def read_settings(
     # one magnitude per input: the form of DoRA on which readers agree (see networks.dora)
     wd_on_out = values.pop("wd_on_output", False)
     options = {"rank_dropout_scale": False, "wd_on_out": wd_on_out, "weight_decompose": dora, **values}
-    return LycorisSettings(
-        rank=rank, alpha=network_alpha, algo=algo, bypass=bypass, use_tucker=tucker, options=options, **own
-    )
+    chosen = {"rank": rank, "alpha": network_alpha, "algo": algo, "bypass": bypass, "use_tucker": tucker}
+    return make_settings(LycorisSettings, {**chosen, "options": options, **own})
 
 
 def check_network_args(
     args: Iterable[str] | None, depth: int | None = None, max_norm: float | None = None
 ) -> list[str]:
-    """What is wrong with `--network_args`, a sentence each; needs no model and no LyCORIS. See network_arguments."""
+    """What is wrong with `--network_args`, a sentence each; needs no model and no LyCORIS. See lora_arguments."""
     texts, problems = split_arguments(args or [])
     values, more = typed_values({k: v for k, v in texts.items() if k not in REFUSED}, PARSERS)
     problems += more + _conflicts(texts, values, None)
@@ -146,7 +148,21 @@ def check_network_args(
     return problems
 
 
-def _conflicts(texts: Mapping[str, str], values: Mapping[str, Any], neuron_dropout: float | None) -> list[str]:
+def _rank_dropout_problems(values: Mapping[str, object], rank: int) -> list[str]:
+    share = values.get("rank_dropout", 0.0)
+    if not (values.get("rank_dropout_scale") and values.get("algo", "lora") in ("lora", "locon")):
+        return []
+    assert isinstance(share, float)
+    dropped = share ** max(rank, 1)  # all ranks of a layer at once
+    if dropped <= OFTEN_ALL_DROPPED:
+        return []
+    return [
+        f"--network_args: rank_dropout_scale divides by the share of ranks that are kept, and of {rank} ranks none is "
+        f"kept too often ({dropped:.0e} of a layer's steps). Leave it out, or raise --network_dim."
+    ]
+
+
+def _conflicts(texts: Mapping[str, str], values: Mapping[str, object], neuron_dropout: float | None) -> list[str]:
     problems = [f"--network_args: {key} is not supported: {REFUSED[key]}." for key in texts if key in REFUSED]
     algo, dora = values.get("algo", "lora"), values.get("dora_wd", False)
     bypass = values.get("bypass_mode", algo in FACTORED and not dora)

@@ -1,7 +1,7 @@
 """`--network_module=lycoris.kohya`: LyCORIS's algorithms on SD3, under the names that ComfyUI reads.
 
 LyCORIS (Yeh et al. 2024, "Navigating Text-To-Image Customization") finds the layers and makes their parameters; the network
-around them is the one of networks.lora, so training, saving, loading and merging are the same as for a plain LoRA.
+around them is networks.network.Network, so training, saving, loading and merging are the same as for a plain LoRA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPEN_WITH_FILE = (
     "algo",
 )
 # a whole preset: LyCORIS keeps the last one's values for whatever a new one leaves out
-EMPTY_PRESET: Mapping[str, Any] = {
+EMPTY_PRESET: Mapping[str, object] = {
     "enable_conv": True,
     "unet_target_module": [],
     "unet_target_name": [],
@@ -94,11 +94,11 @@ def create_network_from_weights(
     settings = read_settings(kwargs)
     available = layers_by_name(text_encoders or [], mmdit)
     from_file = layers_of_file(file, weights_sd, available)
-    found, where = from_file.layers, from_file.where
+    where = from_file.where
     layers = {}
     for name, layer in available.items():
-        if name in found:
-            inner = _inner_from_file(name, layer, found[name], where)
+        if name in from_file.layers:
+            inner = _inner_from_file(name, layer, from_file.layers[name], where)
             layers[name] = LycorisLayer(inner, True, 0.0 if for_inference else settings.module_dropout)
     network = _network(layers, settings, multiplier)
     network.load_tensors(from_file.tensors_of_layers, where)
@@ -111,7 +111,8 @@ def _lycoris() -> ModuleType:
         import lycoris.modules
     except ImportError:
         raise UserError("--network_module=lycoris.kohya needs LyCORIS: pip install lycoris-lora==4.1.3") from None
-    return lycoris
+    module: ModuleType = lycoris
+    return module
 
 
 def _make_inners(
@@ -120,7 +121,7 @@ def _make_inners(
     """LyCORIS's modules for the layers that the preset chooses, text encoders first."""
     lycoris = _lycoris()
     models = [*text_encoders, mmdit]
-    if not settings.bypass and any(map(_is_quantised, models)):
+    if not settings.bypass and any(map(_is_quantized, models)):
         how = "dora_wd or bypass_mode=False" if settings.algo in FACTORED else f"algo={settings.algo}"
         raise UserError(f"LyCORIS with {how} rebuilds weights and can't do that with a quantised base model.")
     kind = lycoris.kohya.LycorisNetworkKohya
@@ -154,7 +155,7 @@ def _make_inners(
     return inners
 
 
-def _is_quantised(model: nn.Module | None) -> bool:
+def _is_quantized(model: nn.Module | None) -> bool:
     layers = model.modules() if model is not None else ()
     return any(is_target(layer) and plain_weight(layer) is None for layer in layers)
 
@@ -162,14 +163,17 @@ def _is_quantised(model: nn.Module | None) -> bool:
 def _preset(settings: LycorisSettings, lycoris: ModuleType) -> dict[str, Any]:
     """Which layers, in LyCORIS's form: by default those of networks.lora_sd3."""
     if settings.preset is None:
-        chosen = {"unet_target_module": ["SingleDiTBlock"], "text_encoder_target_module": ["CLIPAttention", "CLIPMLP"]}
+        chosen: dict[str, Any] = {
+            "unet_target_module": ["SingleDiTBlock"],
+            "text_encoder_target_module": ["CLIPAttention", "CLIPMLP"],
+        }
     elif settings.preset in lycoris.kohya.PRESET:
         chosen = dict(lycoris.kohya.PRESET[settings.preset])
     else:
         chosen = lycoris.kohya.read_preset(settings.preset)
         if chosen is None:
             raise UserError(f"--network_args: the preset {settings.preset} can't be read; the lines above say why.")
-    preset = {**EMPTY_PRESET, **chosen}
+    preset: dict[str, Any] = {**EMPTY_PRESET, **chosen}
     if settings.preset == "attn-only":
         preset["unet_target_module"] = [*preset["unet_target_module"], "Attention"]  # LyCORIS knows other models' names
     if settings.train_t5xxl and preset["text_encoder_target_module"]:

@@ -76,13 +76,13 @@ def merged_weight(weight: Tensor, tensors: Mapping[str, Tensor], strength: float
     magnitude = tensors["dora_scale"].to(weight.device, torch.float32)
     per_input = magnitude.shape[0] == 1 and magnitude.numel() == weight.shape[1]
     axes = [axis for axis in range(weight.dim()) if axis != int(per_input)]
-    norm = torch.linalg.vector_norm(merged, dim=axes, keepdim=True) + EPSILON
+    norm: Tensor = torch.linalg.vector_norm(merged, dim=axes, keepdim=True) + EPSILON
     return weight + strength * (merged * (magnitude.view(norm.shape) / norm) - weight)
 
 
 @torch.no_grad()
 def merge_into(layer: BaseLayer, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
-    """Change a frozen layer's weight (and bias) in place, computed in float32 and kept in its dtype."""
+    """Change a base layer's weight (and bias) in place, computed in float32 and kept in its dtype."""
     if plain_weight(layer) is None:
         raise TypeError("a weight must be merged before it is quantised")
     layer.weight.data = merged_weight(layer.weight, tensors, strength).to(layer.weight.dtype)
@@ -106,8 +106,8 @@ def check_change(name: str, tensors: Mapping[str, Tensor], layer: BaseLayer) -> 
         }
         weight_change(meta, torch.empty(shape, device="meta")).view(shape)
     except (KeyError, RuntimeError, ValueError):
-        found = ", ".join(f"{suffix} {list(tensor.shape)}" for suffix, tensor in sorted(tensors.items()))
-        return f"{name} does not fit a layer of {list(shape)}: {found}."
+        shapes = ", ".join(f"{suffix} {list(tensor.shape)}" for suffix, tensor in sorted(tensors.items()))
+        return f"{name} does not fit a layer of {list(shape)}: {shapes}."
     return None
 
 

@@ -52,17 +52,19 @@ class LearningRates:
 
         The encoders' rates are 0 with `train_unet_only`, the MMDiT's with `train_text_encoder_only`, T5's without `train_t5xxl`.
         """
-        given = list(text_encoder_lr or [learning_rate])
+        encoder_rates = list(text_encoder_lr or [learning_rate])
         problems = []
-        if len(given) > 3:
-            problems.append(f"--text_encoder_lr takes one to three values (CLIP-L, CLIP-G, T5-XXL), not {len(given)}.")
+        if len(encoder_rates) > 3:
+            problems.append(
+                f"--text_encoder_lr takes one to three values (CLIP-L, CLIP-G, T5-XXL), not {len(encoder_rates)}."
+            )
         if train_unet_only and train_text_encoder_only:
             problems.append("--network_train_unet_only and --network_train_text_encoder_only exclude each other.")
-        if any(not rate >= 0 for rate in (learning_rate, unet_lr or 0.0, *given)):
+        if any(not rate >= 0 for rate in (learning_rate, unet_lr or 0.0, *encoder_rates)):
             problems.append("Learning rates must not be negative.")
         if problems:
             raise UserError(problems)
-        clip_l, clip_g, t5xxl = (given + [given[-1]] * 2)[:3]
+        clip_l, clip_g, t5xxl = (encoder_rates + [encoder_rates[-1]] * 2)[:3]
         rates = (clip_l, clip_g, t5xxl if train_t5xxl else 0.0)
         return cls(
             unet=0.0 if train_text_encoder_only else learning_rate if unet_lr is None else unet_lr,

@@ -45,7 +45,7 @@ def write_network_file(
     path = Path(path)
     if path.suffix in PICKLED:
         with atomic_write(path) as temporary, temporary.open("wb") as file:
-            torch.save(dict(tensors), file)  # given a path, torch tells a full disk in words of its own
+            torch.save(dict(tensors), file)  # with a path, torch reports a full disk by an error of its own
     else:
         save_safetensors(path, tensors, metadata)
 
@@ -69,15 +69,15 @@ def group_by_layer(tensors: Mapping[str, Value], where: str | Path) -> dict[str,
 
 
 def compare_shapes(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str | Path, optional: str = ".alpha"
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: str | Path, optional: str = ".alpha"
 ) -> list[str]:
     """Differences between the tensors that a network has and those of a file, a sentence a kind. Names that end in `optional` may be absent."""
-    missing = [key for key in wanted if key not in found and not key.endswith(optional)]
-    unexpected = [key for key in found if key not in wanted]
+    missing = [key for key in expected if key not in tensors and not key.endswith(optional)]
+    unexpected = [key for key in tensors if key not in expected]
     wrong = [
-        f"{key} is {list(found[key].shape)}, here {list(wanted[key])}"
-        for key in wanted
-        if key in found and tuple(found[key].shape) != tuple(wanted[key])
+        f"{key} is {list(tensors[key].shape)}, here {list(expected[key])}"
+        for key in expected
+        if key in tensors and tuple(tensors[key].shape) != tuple(expected[key])
     ]
     problems = []
     for what, keys in (("lacks", missing), ("has, unknown here,", unexpected), ("differs in shape:", wrong)):
@@ -87,6 +87,7 @@ def compare_shapes(
 
 
 def listed(names: list[str]) -> str:
+    """The first LISTED names, and how many more there are."""
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 

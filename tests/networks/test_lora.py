@@ -202,7 +202,7 @@ def test_rescaled_dropouts_keep_the_mean(dropout: str, parts: int):
 def test_rank_dropout_drops_the_same_ranks_at_all_tokens_of_a_sample():
     layer = frozen_linear()
     made = lora(layer, rank_dropout=0.5)
-    z = made.train()._drop(torch.ones(64, 5, 3))
+    z = made.train()._dropout(torch.ones(64, 5, 3))
     assert set(z.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(z, z[:, :1].expand_as(z))
     assert not torch.equal(z[0], z[1]) or not torch.equal(z[0], z[2]) or not torch.equal(z[0], z[3])
