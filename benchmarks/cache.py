@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measuring import Program, add_face, compare, make_images, tell, theirs
-from benchmarks.watching import ROOT
+from benchmarks.measuring import Program, add_common_arguments, compare, make_images, other_program, report
+from benchmarks.process_monitor import ROOT
 
 TOOLS = {
     "latents": ("cache_latents.py", "--vae_batch_size"),
@@ -35,12 +35,12 @@ def main(words: Sequence[str] | None = None) -> None:
 
         programs = {kind: tool(kind, chosen, folder) for kind in TOOLS}
         if chosen.against:
-            places = {"data": data, "folder": folder, "model": chosen.pretrained_model_name_or_path}
-            against = theirs(chosen.against, places, items=chosen.images)
+            placeholders = {"data": data, "folder": folder, "model": chosen.pretrained_model_name_or_path}
+            against = other_program(chosen.against, placeholders, items=chosen.images)
             rows = compare(programs[chosen.kind], against, chosen.rounds, clear)
         else:
             rows = [program.run() for program in programs.values()]
-    tell("cache", rows, chosen.json, images=chosen.images, resolution=chosen.resolution)
+    report("cache", rows, chosen.json, images=chosen.images, resolution=chosen.resolution)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=int, default=4, help="images or captions an encoder's call (4)")
     made.add_argument("--mixed_precision", default="no", help="no, fp16 or bf16 (no)")
     made.add_argument("--kind", choices=list(TOOLS), default="latents", help="what --against caches (latents)")
-    add_face(made, "{folder}, {data} (the images' own in it) and {model} are replaced.")
+    add_common_arguments(made, "{folder}, {data} (the images' own in it) and {model} are replaced.")
     return made
 
 

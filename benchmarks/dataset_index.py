@@ -21,8 +21,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measuring import Program, Row, add_face, compare, tell, theirs
-from benchmarks.watching import own_peak_bytes
+from benchmarks.measuring import Program, Row, add_common_arguments, compare, other_program, report
+from benchmarks.process_monitor import own_peak_bytes
 
 SIZES = [(96, 64), (64, 96), (80, 80), (128, 64), (72, 100)]
 FORMATS = [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")]
@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
         make_images(folder, options.images)
         programs = {run: Program(run, command(folder, options.workers, run), items=options.images) for run in RUNS}
         if options.against:
-            against = theirs(options.against, {"folder": folder}, items=options.images)
+            against = other_program(options.against, {"folder": folder}, items=options.images)
             rows = compare(programs[options.run], against, options.rounds, lambda: prepare(folder, options.run))
         else:
             rows = []
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 rows.append(program.run())
         size = folder / "index_cache.json"
         cache_mb = round(size.stat().st_size / 1e6, 1) if size.exists() else None
-    tell("dataset_index", rows, options.json, images=options.images, index_cache_mb=cache_mb)
+    report("dataset_index", rows, options.json, images=options.images, index_cache_mb=cache_mb)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--folder", type=Path, default=None, help="keep the images in this folder and use them again")
     made.add_argument("--run", choices=RUNS, default="cold", help="the kind of run for --against (cold)")
     made.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
-    add_face(made, "{folder} is replaced by the folder of images.")
+    add_common_arguments(made, "{folder} is replaced by the folder of images.")
     return made
 
 

@@ -1,4 +1,4 @@
-"""How fast a device could multiply matrices: from a table for known GPUs, else measured."""
+"""The peak speed of a device's matrix products: from a table for known GPUs, else measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import torch
 
 # Dense bfloat16 or float16 products with float32 sums, in TFLOP/s, as NVIDIA's data sheets and white papers give them.
-# The first name that stands in the device's name counts, so longer names come first.
+# The first name that the device's name contains counts, so longer names come first.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100": 989.4,
@@ -31,14 +31,14 @@ def known_peak(name: str) -> float | None:
     """The 16-bit peak of a GPU in TFLOP/s by its name; None where the table lacks it."""
     words = name.replace("-", " ").split()
     for known, peak in PEAK_TFLOPS.items():
-        wanted = known.split()
-        if any(words[place : place + len(wanted)] == wanted for place in range(len(words))):
+        model = known.split()
+        if any(words[start : start + len(model)] == model for start in range(len(words))):
             return peak
     return None
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """What the device could do in TFLOP/s, and where that number is from."""
+    """The device's peak in TFLOP/s, and the source of that number."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         peak = known_peak(torch.cuda.get_device_name(device))
         if peak is not None:
@@ -62,6 +62,6 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int | None = N
 
 
 def wait_for(device: torch.device) -> None:
-    """Until all that was asked of the device is done."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

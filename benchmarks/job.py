@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from library.training.precision import LossScaler, Precision, choose_precision
 from library.training.schedulers import build_schedule
 from library.training.step import StepSettings, TrainingStep
 from library.training.train_progress import StepReport, TrainProgress
+from networks.network import Network
 
 PRESETS = {
     "sd3m": MMDiTConfig(24, 1536, 2, 16, 16, 4096, 2048, 6144, 192, False, ()),
@@ -94,7 +94,7 @@ def random_model(config: MMDiTConfig, dtype: torch.dtype, seed: int = 0) -> MMDi
 def training_options(words: Sequence[str]) -> argparse.Namespace:
     """The trainer's options, from its own parser and checks. UserError for what is wrong with them.
 
-    What stands for itself here need not be given: the model, the data, the folder and the length of the run.
+    The model, the data, the folder and the length of the run need no words: the benchmark sets them.
     """
     fixed = [
         *(
@@ -141,7 +141,7 @@ class Job:
     """A model with its network and optimizer, ready for one step after another."""
 
     model: MMDiT
-    network: Any  # networks.lora.Network, or another module's
+    network: Network
     swapper: BlockSwapper | None
     training_step: TrainingStep[Conditioning]
     batch: Batch
@@ -191,7 +191,7 @@ class RandomBatchModel:
     """The model family of a `random_batch`, which holds its latents and its conditioning."""
 
     model: MMDiT
-    network: Any
+    network: Network
 
     def batch_latents(self, batch: Batch, generators: StepGenerators) -> Tensor:
         assert batch.latents is not None
@@ -244,10 +244,10 @@ def random_batch(config: MMDiTConfig, shape: Shape, precision: Precision, device
 
 
 def model_flops(config: MMDiTConfig, args: argparse.Namespace, shape: Shape) -> int:
-    """Operations of a step's forward and backward, optimizer aside: what the model needs, without what memory savers compute again.
+    """Operations of a step's forward and backward, optimizer aside: what the model needs, without recomputation.
 
     The model and its network run once on the meta device, with shapes alone, and torch counts. Two for each multiplication
-    with its addition; attention counts with two products forward and four backward.
+    with its addition; attention counts as two matmuls forward and four backward.
     """
     with torch.device("meta"):
         model = MMDiT(config).requires_grad_(False)

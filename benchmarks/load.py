@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.devices import wait_for
 from benchmarks.job import add_sizes, random_model, sizes
-from benchmarks.measuring import Program, Row, add_face, compare, machine, tell, theirs
-from benchmarks.watching import own_peak_bytes, restart_high_water
+from benchmarks.measuring import Program, Row, add_common_arguments, compare, machine, other_program, report
+from benchmarks.process_monitor import own_peak_bytes, reset_high_water
 from library.common.files import save_safetensors
 from library.common.tensor_io import Part
 from library.sd3.checkpoint import locate_parts
@@ -52,9 +52,9 @@ def main(words: Sequence[str] | None = None) -> None:
             words = ["--way", name, "--pretrained_model_name_or_path", str(path), "--dtype", chosen.dtype]
             return Program(name, [sys.executable, "-m", "benchmarks.load", *words, "--device", str(device)])
 
-        other = theirs(chosen.against, {"model": path}) if chosen.against else way("plain")
+        other = other_program(chosen.against, {"model": path}) if chosen.against else way("plain")
         rows = compare(way("ours"), other, chosen.rounds, (lambda: forget(path)) if chosen.cold else lambda: None)
-    tell("load", rows, chosen.json, device=str(device), dtype=chosen.dtype)
+    report("load", rows, chosen.json, device=str(device), dtype=chosen.dtype)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", help="cuda or cpu (cuda where there is one)")
     made.add_argument("--cold", action="store_true", help="have the file come from the disk each time (Linux)")
     made.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
-    add_face(made, "{model} is replaced by the file.")
+    add_common_arguments(made, "{model} is replaced by the file.")
     return made
 
 
@@ -83,7 +83,7 @@ def load_once(way: str, path: Path, dtype: torch.dtype, device: torch.device) ->
     part = locate_parts(str(path)).mmdit
     size = sum(end - start for start, end in (info.offsets for info in part.tensors.values()))
     torch.zeros(1, device=device)
-    restart_high_water()
+    reset_high_water()
     before, started = own_peak_bytes(), time.perf_counter()
     model = WAYS[way](part, dtype, device)
     wait_for(device)

@@ -1,7 +1,7 @@
-"""What the benchmarks share: their face, another program in turn, tables and JSON, images to work on.
+"""Shared by the benchmarks: common arguments, comparison with another program, tables and JSON, test images.
 
-Two programs are compared by running them in turn, A B A B, in one run on one machine: seconds told in a page are another machine's,
-ratios of one run are the reader's own.
+Two programs are compared by running them in turn, A B A B, in one run on one machine: seconds from a web page are
+those of another machine, while ratios of one run hold on the reader's own.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.watching import watch
+from benchmarks.process_monitor import run_monitored
 
-OF_COMPARISONS = ("--against", "--json", "--rounds")  # not handed on to a program that is compared
+OF_COMPARISONS = ("--against", "--json", "--rounds")  # not passed to a compared program
 Row = dict[str, Any]
 
 
-# --- the face ---------------------------------------------------------------------------------------------------------
+# --- arguments and output ---------------------------------------------------------------------------------------------
 
 
-def add_face(parser: argparse.ArgumentParser, placeholders: str = "") -> None:
+def add_common_arguments(parser: argparse.ArgumentParser, placeholders: str = "") -> None:
     """The options that every benchmark has."""
     more = f" {placeholders}" if placeholders else ""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed to this file too, as JSON")
@@ -38,13 +38,13 @@ def add_face(parser: argparse.ArgumentParser, placeholders: str = "") -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often each program runs with --against (2)")
 
 
-def tell(benchmark: str, rows: Sequence[Row], file: Path | None = None, **more: Any) -> None:
+def report(benchmark: str, rows: Sequence[Row], file: Path | None = None, **more: Any) -> None:
     """Print the table, and all as JSON in the last line; to `file` too where there is one."""
     print_rows(rows)
-    told = json.dumps({"benchmark": benchmark, "machine": machine(), **more, "rows": list(rows)})
-    print(told)
+    text = json.dumps({"benchmark": benchmark, "machine": machine(), **more, "rows": list(rows)})
+    print(text)
     if file is not None:
-        file.write_text(told + "\n", encoding="utf-8")
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -89,44 +89,45 @@ class Program:
     command: list[str]
     longer: list[str] | None = None  # the same with `more_steps` steps more
     more_steps: int = 0
-    items: int = 0  # what a run works off: images, captions
+    items: int = 0  # images or captions that a run processes
 
     def run(self) -> Row:
         """One run: seconds and memory, and the numbers of the first row of JSON that it prints last, as our benchmarks do."""
-        seen = watch(self.command)
-        row: Row = {"what": self.what, **numbers_told(seen.output), **seen.numbers()}
+        usage = run_monitored(self.command)
+        row: Row = {"what": self.what, **reported_numbers(usage.output), **usage.numbers()}
         if self.items:
-            row["items_per_second"] = self.items / seen.seconds
+            row["items_per_second"] = self.items / usage.seconds
         if self.longer is not None:
-            long = watch(self.longer)
-            # what start-up costs is in both
-            row["step_seconds"] = (long.seconds - seen.seconds) / self.more_steps
-            row |= {"peak_mib": max(seen.peak_mib, long.peak_mib)}
-            if seen.gpu_mib is not None and long.gpu_mib is not None:
-                row["gpu_mib"] = max(seen.gpu_mib, long.gpu_mib)
+            longer = run_monitored(self.longer)
+            # start-up is in both
+            row["step_seconds"] = (longer.seconds - usage.seconds) / self.more_steps
+            row |= {"peak_mib": max(usage.peak_mib, longer.peak_mib)}
+            if usage.gpu_mib is not None and longer.gpu_mib is not None:
+                row["gpu_mib"] = max(usage.gpu_mib, longer.gpu_mib)
         return row
 
 
-def numbers_told(output: str) -> dict[str, float]:
-    """The numbers of the first row in the last line of a program's output, where that is JSON as `tell` prints it."""
+def reported_numbers(output: str) -> dict[str, float]:
+    """The numbers of the first row in the last line of a program's output, where that is JSON as `report` prints it."""
     try:
-        told = json.loads(output.strip().splitlines()[-1])
-        return {name: value for name, value in told["rows"][0].items() if isinstance(value, (int, float))}
+        printed = json.loads(output.strip().splitlines()[-1])
+        return {name: value for name, value in printed["rows"][0].items() if isinstance(value, (int, float))}
     except (ValueError, LookupError, TypeError, AttributeError):
         return {}
 
 
-def theirs(
-    text: str, places: Mapping[str, Any] | None = None, steps: tuple[int, int] | None = None, items: int = 0
+def other_program(
+    text: str, placeholders: Mapping[str, object] | None = None, steps: tuple[int, int] | None = None, items: int = 0
 ) -> Program:
     """The program that --against names, with its {placeholders} filled.
 
-    items: what a run works off. steps: where the command has {steps}, it runs with either number, and seconds a step are the difference.
+    items: number of images or captions that a run processes. steps: where the command has {steps}, it runs with either number, and seconds a step are the difference.
     """
 
     def filled(count: int | None) -> list[str]:
         return [
-            fill(word, {**(places or {}), **({} if count is None else {"steps": count})}) for word in shlex.split(text)
+            fill(word, {**(placeholders or {}), **({} if count is None else {"steps": count})})
+            for word in shlex.split(text)
         ]
 
     if steps is None or "{steps}" not in text:
@@ -134,14 +135,14 @@ def theirs(
     return Program("against", filled(steps[0]), filled(steps[1]), steps[1] - steps[0], items)
 
 
-def fill(word: str, places: Mapping[str, Any]) -> str:
-    for name, value in places.items():
+def fill(word: str, placeholders: Mapping[str, object]) -> str:
+    for name, value in placeholders.items():
         word = word.replace(f"{{{name}}}", str(value))
     return word
 
 
-def ours(module: str, words: Sequence[str]) -> Program:
-    """This benchmark with the words that it was given, less those about the comparison."""
+def this_program(module: str, words: Sequence[str]) -> Program:
+    """This benchmark with its own command line, without the options of the comparison."""
     kept, skip = [], False
     for word in words:
         if skip:
@@ -156,19 +157,19 @@ def ours(module: str, words: Sequence[str]) -> Program:
 def compare(first: Program, second: Program, rounds: int, before: Callable[[], None] = lambda: None) -> list[Row]:
     """Run both in turn, `rounds` times: a row for each (the median of each number), and their ratio, first to second.
 
-    before: called ahead of each run, to clear away what the last one left.
+    before: called before each run, to remove the files of the last one.
     """
     runs: dict[str, list[Row]] = {first.what: [], second.what: []}
     for number in range(rounds):
         for program in (first, second) if number % 2 == 0 else (second, first):
             before()
             runs[program.what].append(program.run())
-    rows = [_middle(what, found) for what, found in runs.items()]
+    rows = [_medians(what, rows) for what, rows in runs.items()]
     shared = [name for name in rows[0] if name != "what" and rows[1].get(name)]
     return [*rows, {"what": "ratio", **{name: rows[0][name] / rows[1][name] for name in shared}}]
 
 
-def _middle(what: str, runs: Sequence[Mapping[str, Any]]) -> Row:
+def _medians(what: str, runs: Sequence[Mapping[str, Any]]) -> Row:
     names = [name for name in runs[0] if name != "what" and all(name in run for run in runs)]
     return {"what": what, **{name: statistics.median(run[name] for run in runs) for name in names}}
 

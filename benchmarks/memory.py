@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a training step takes, and what `--memory_plan auto` would choose on cards of several sizes: reckoned from shapes, measured nowhere.
+"""What a training step takes, and what `--memory_plan auto` would choose on cards of several sizes: estimated from shapes, not measured.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --preset sd35l --resolution 768 --train_batch_size 2 --network_dim 32 --vram 8 12 24
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.job import PRESETS, Shape, training_options
-from benchmarks.measuring import Row, tell
+from benchmarks.measuring import Row, report
 from library.common.transformer import StepShape
 from library.memory.estimator.planner import (
     MemoryOptions,
@@ -58,11 +58,13 @@ def main(words: Sequence[str] | None = None) -> None:
     args = training_options(["--mixed_precision", "bf16", "--network_dim", "16", *more])
     rows = []
     for preset in chosen.preset:
-        rows += rows_of(preset, reckoner(preset, args, Shape.of(args, chosen.resolution)), chosen.vram)
-    tell("memory", rows, chosen.json, resolution=chosen.resolution, batch=args.train_batch_size, rank=args.network_dim)
+        rows += rows_of(preset, step_estimator(preset, args, Shape.of(args, chosen.resolution)), chosen.vram)
+    report(
+        "memory", rows, chosen.json, resolution=chosen.resolution, batch=args.train_batch_size, rank=args.network_dim
+    )
 
 
-def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepMemoryEstimator:
+def step_estimator(preset: str, args: argparse.Namespace, shape: Shape) -> StepMemoryEstimator:
     """A released model with its LoRA, on the meta device. Text and latents are cached."""
     precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, torch.device("meta"))
     with torch.device("meta"):
@@ -84,31 +86,31 @@ def reckoner(preset: str, args: argparse.Namespace, shape: Shape) -> StepMemoryE
     return StepMemoryEstimator(models, trained, 0, 0, streams, tuple(block_flops(model, batch)), rounds_pinned=True)
 
 
-def rows_of(preset: str, reckoned: StepMemoryEstimator, cards: list[float]) -> list[Row]:
+def rows_of(preset: str, estimator: StepMemoryEstimator, cards: list[float]) -> list[Row]:
     """With each saver alone, with all of them, and as the plan chooses for each card."""
-    depth = reckoned.depth
-    told = {
+    depth = estimator.depth
+    options = {
         "no option": MemoryOptions(),
         "--lean_activations": MemoryOptions(recompute_pointwise=True),
         "--gradient_checkpointing": MemoryOptions("full", depth),
-        "the least": choose(reckoned, EXACT, 0, ENDLESS)[0],
+        "the least": choose(estimator, EXACT, 0, ENDLESS)[0],
     }
     for card in cards:
-        levers, fits = choose(reckoned, EXACT, int((card * GIB - OWN_SHARE) * (1 - GAPS)), ENDLESS)
+        levers, fits = choose(estimator, EXACT, int((card * GIB - OWN_SHARE) * (1 - GAPS)), ENDLESS)
         if fits:
-            told[f"a card of {card:g} GiB"] = levers
-    return [row(preset, name, reckoned, levers) for name, levers in told.items()]
+            options[f"a card of {card:g} GiB"] = levers
+    return [row(preset, name, estimator, chosen) for name, chosen in options.items()]
 
 
-def row(preset: str, name: str, reckoned: StepMemoryEstimator, levers: MemoryOptions) -> Row:
-    step = reckoned.step_bytes(levers)
+def row(preset: str, name: str, estimator: StepMemoryEstimator, levers: MemoryOptions) -> Row:
+    step = estimator.step_bytes(levers)
     return {
         "what": f"{preset}: {name}",
         "GiB": round(step.total / GIB, 2),
         "weights": round(step.base / GIB, 2),
         "activations": round(step.activations / GIB, 2),
-        "host GiB": round(reckoned.host_bytes(levers) / GIB, 1),
-        "options": " ".join(levers.flags(reckoned.depth)),
+        "host GiB": round(estimator.host_bytes(levers) / GIB, 1),
+        "options": " ".join(levers.flags(estimator.depth)),
     }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.job import CLIP_TOKENS, add_sizes, sizes
-from benchmarks.measuring import tell
+from benchmarks.measuring import report
 from benchmarks.step import measure_steps
 from library.sd3.mmdit_config import MMDiTConfig
 
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     step = make_step(sizes(chosen), chosen, device)
     measured = measure_steps(step, chosen.steps, device)
-    tell("peft_step", [{"what": "diffusers and PEFT", **measured.row(chosen.train_batch_size)}])
+    report("peft_step", [{"what": "diffusers and PEFT", **measured.row(chosen.train_batch_size)}])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measuring import Program, Row, add_face, compare, make_images, tell, theirs
-from benchmarks.watching import ROOT, watch
+from benchmarks.measuring import Program, Row, add_common_arguments, compare, make_images, other_program, report
+from benchmarks.process_monitor import ROOT, run_monitored
 
 TO_DISK = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
 KINDS = {"live": (), "cold": TO_DISK, "warm": TO_DISK}
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
             rows = in_turn(chosen, Path(folder), data)
         else:
             rows = [first_step(kind, chosen, Path(folder)) for kind in KINDS]
-    tell("startup", rows, chosen.json, images=chosen.images, resolution=chosen.resolution)
+    report("startup", rows, chosen.json, images=chosen.images, resolution=chosen.resolution)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resolution", type=int, default=64, help="their side in pixels (64)")
     made.add_argument("--mixed_precision", default="no", help="no, fp16 or bf16 (no)")
     made.add_argument("--caches", choices=list(KINDS), default="live", help="the kind of run for --against (live)")
-    add_face(made, "{folder}, {data} (the images' own), {output} and {model} are replaced.")
+    add_common_arguments(made, "{folder}, {data} (the images' own), {output} and {model} are replaced.")
     return made
 
 
@@ -61,16 +61,16 @@ def command(kind: str, chosen: argparse.Namespace, folder: Path, steps: int) -> 
 def first_step(kind: str, chosen: argparse.Namespace, folder: Path) -> Row:
     """One run of two steps: its first step is over when its line of numbers has been written."""
     metrics = folder / kind / "last.metrics.jsonl"
-    seen = watch(command(kind, chosen, folder, 2), lambda: metrics.exists() and metrics.stat().st_size > 0)
+    usage = run_monitored(command(kind, chosen, folder, 2), lambda: metrics.exists() and metrics.stat().st_size > 0)
     what = f"{kind} caches" if KINDS[kind] else "no caches"
-    return {"what": what, "first_step": seen.first, **seen.numbers()}
+    return {"what": what, "first_step": usage.first, **usage.numbers()}
 
 
 def in_turn(chosen: argparse.Namespace, folder: Path, data: Path) -> list[Row]:
-    places = {"folder": folder, "data": data, "output": folder / "against"}
-    places["model"] = chosen.pretrained_model_name_or_path
+    placeholders = {"folder": folder, "data": data, "output": folder / "against"}
+    placeholders["model"] = chosen.pretrained_model_name_or_path
     ours = Program("ours", command(chosen.caches, chosen, folder, 1))
-    against = theirs(chosen.against, places)
+    against = other_program(chosen.against, placeholders)
 
     def clear() -> None:
         for path in data.glob("*.safetensors"):

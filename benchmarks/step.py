@@ -27,8 +27,8 @@ import torch
 
 from benchmarks.devices import device_peak, wait_for
 from benchmarks.job import Shape, add_sizes, make_job, model_flops, sizes, training_options
-from benchmarks.measuring import Row, add_face, compare, ours, tell, theirs
-from benchmarks.watching import own_peak_bytes, restart_high_water
+from benchmarks.measuring import Row, add_common_arguments, compare, other_program, report, this_program
+from benchmarks.process_monitor import own_peak_bytes, reset_high_water
 from library.common.errors import UserError
 from library.training.precision import choose_precision
 
@@ -40,8 +40,8 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen, rest = parser().parse_known_args(words)
     if chosen.against:
         few, many = chosen.steps, 3 * chosen.steps
-        against = theirs(chosen.against, {"resolution": chosen.resolution}, (few, many))
-        tell("step", compare(ours("benchmarks.step", words), against, chosen.rounds), chosen.json)
+        against = other_program(chosen.against, {"resolution": chosen.resolution}, (few, many))
+        report("step", compare(this_program("benchmarks.step", words), against, chosen.rounds), chosen.json)
         return
     try:
         args = training_options(rest)
@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
     config, shape = sizes(chosen), Shape.of(args, chosen.resolution)
     flops = model_flops(config, args, shape)
     dtype = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, device).dtype
-    peak, told_by = device_peak(device, dtype)
+    peak, peak_source = device_peak(device, dtype)
     job = make_job(config, args, shape, device)
     measured = measure_steps(job.step, chosen.steps, device)
     speed = flops / 1e12 / measured.seconds
@@ -62,9 +62,9 @@ def main(words: Sequence[str] | None = None) -> None:
         "tflop_per_second": speed,
         "share_of_peak": speed / peak,
     }
-    facts = {"peak_tflops": peak, "peak_from": told_by, "model": chosen.preset, "depth": config.depth}
+    facts = {"peak_tflops": peak, "peak_from": peak_source, "model": chosen.preset, "depth": config.depth}
     facts |= {"hidden_size": config.hidden_size, "resolution": chosen.resolution}
-    tell("step", [row], chosen.json, **facts, dtype=str(dtype), device=str(device))
+    report("step", [row], chosen.json, **facts, dtype=str(dtype), device=str(device))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,19 +75,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resolution", type=int, default=1024, help="the images' side in pixels (1024)")
     made.add_argument("--steps", type=int, default=5, help="steps that are timed, after a first one (5)")
     made.add_argument("--device", help="cuda or cpu (cuda where there is one)")
-    add_face(made, "{steps} and {resolution} are replaced.")
+    add_common_arguments(made, "{steps} and {resolution} are replaced.")
     return made
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was seen of some steps after the first one."""
+class StepTimes:
+    """Time and memory of the steps after the first one."""
 
-    first: float  # seconds of the first step, with what is compiled or allocated in it
+    first: float  # seconds of the first step, compilation and allocation included
     seconds: float  # of a step: the median, on a GPU the mean
-    cpu_seconds: (
-        float  # of all cores, for a step: other programs on the machine slow a step down, but do not add to this
-    )
+    cpu_seconds: float  # of all cores, for a step: unlike `seconds`, other programs on the machine do not change it
     peak: int  # bytes: the GPU's tensors, or this process
 
     def row(self, images: int) -> Row:
@@ -101,12 +99,12 @@ class Measured:
         }
 
 
-def measure_steps(step: Callable[[], Any], count: int, device: torch.device) -> Measured:
-    """Make a step, then `count` more. On a GPU nothing is waited for between these."""
+def measure_steps(step: Callable[[], Any], count: int, device: torch.device) -> StepTimes:
+    """Make a step, then `count` more; on a GPU without synchronization between these."""
     first = seconds_of(step, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    restart_high_water()
+    reset_high_water()
     worked = time.process_time()
     if device.type == "cuda":
         seconds = seconds_of(lambda: [step() for _ in range(count)], device) / count
@@ -114,7 +112,7 @@ def measure_steps(step: Callable[[], Any], count: int, device: torch.device) -> 
         seconds = statistics.median(seconds_of(step, device) for _ in range(count))
     worked = (time.process_time() - worked) / count
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else own_peak_bytes()
-    return Measured(first, seconds, worked, peak)
+    return StepTimes(first, seconds, worked, peak)
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import step
 from benchmarks.job import Job, Shape, make_job, sizes, training_options
-from benchmarks.measuring import Row, compare, ours, tell, theirs
+from benchmarks.measuring import Row, compare, other_program, report, this_program
 from library.common.errors import UserError
 
 
@@ -28,8 +28,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.description = __doc__
     chosen, rest = parser.parse_known_args(words)
     if chosen.against:
-        against = theirs(chosen.against, {"resolution": chosen.resolution}, (chosen.steps, 3 * chosen.steps))
-        tell("swap", compare(ours("benchmarks.swap", words), against, chosen.rounds), chosen.json)
+        against = other_program(chosen.against, {"resolution": chosen.resolution}, (chosen.steps, 3 * chosen.steps))
+        report("swap", compare(this_program("benchmarks.swap", words), against, chosen.rounds), chosen.json)
         return
     try:
         args = training_options(rest)
@@ -61,16 +61,16 @@ def main(words: Sequence[str] | None = None) -> None:
     ]
     if device.type == "cuda":
         rows.append({"what": "overlap", "step_seconds": min(1.0, max(0.0, hidden / copies.seconds))})
-    tell("swap", rows, chosen.json, device=str(device), copied_gib_a_step=with_swap.copied_gib)
+    report("swap", rows, chosen.json, device=str(device), copied_gib_a_step=with_swap.copied_gib)
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """A job with swapped blocks, measured; it is gone by now, and its memory with it."""
+    """The measurements of a job with swapped blocks; the job itself and its memory are released."""
 
     blocks: int
-    steps: step.Measured
-    copies: step.Measured
+    steps: step.StepTimes
+    copies: step.StepTimes
     copied_gib: float  # a step
 
 

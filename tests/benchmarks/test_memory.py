@@ -1,4 +1,4 @@
-"""benchmarks/memory.py: what is told of the released models holds together."""
+"""benchmarks/memory.py: the numbers for the released models are consistent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks of whole programs run, on few and small images, and tell what they saw."""
+"""The benchmarks of whole programs run, on few and small images, and report what they measured."""
 
 from __future__ import annotations
 
@@ -50,28 +50,30 @@ def test_start_up_is_compared_from_caches_of_the_kind_that_was_asked_for(
 ):
     """Cold: files of caches are gone before each run. Warm: both have run before and nothing is removed."""
     data = make_images(tmp_path, 1, 64)
-    seen: list[bool] = []
+    caches_present: list[bool] = []
 
     def run(program) -> dict:
-        seen.append((data / "some.safetensors").exists())
+        caches_present.append((data / "some.safetensors").exists())
         (data / "some.safetensors").touch()
         return {"what": program.what, "seconds": 1.0}
 
     monkeypatch.setattr(startup.Program, "run", run)
     words = ["--pretrained_model_name_or_path", model, "--rounds", "2", "--against", "x {folder} {output}"]
-    for kind, wanted in (("cold", [False] * 4), ("warm", [False] + [True] * 5)):
-        seen.clear()
+    for kind, expected in (("cold", [False] * 4), ("warm", [False] + [True] * 5)):
+        caches_present.clear()
         (data / "some.safetensors").unlink(missing_ok=True)
         startup.in_turn(startup.parser().parse_args([*words, "--caches", kind]), tmp_path, data)
-        assert seen == wanted
+        assert caches_present == expected
 
 
 def test_the_index_is_timed_cold_in_memory_and_warm(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    dataset_index.main(["--images", "20", "--folder", str(tmp_path / "images"), "--json", str(tmp_path / "told.json")])
+    dataset_index.main(
+        ["--images", "20", "--folder", str(tmp_path / "images"), "--json", str(tmp_path / "report.json")]
+    )
     rows = rows_of(capsys)
     assert [row["what"] for row in rows] == ["cold", "in memory", "warm"]
     assert all(row["images"] == 20 and row["index_seconds"] > 0 and row["index_peak_mib"] > 10 for row in rows)
-    assert json.loads((tmp_path / "told.json").read_text())["index_cache_mb"] is not None
+    assert json.loads((tmp_path / "report.json").read_text())["index_cache_mb"] is not None
     listing = f"{sys.executable} -c 'import os, sys; os.listdir(sys.argv[1])' {{folder}}"
     dataset_index.main(["--images", "20", "--folder", str(tmp_path / "images"), "--rounds", "1", "--against", listing])
     assert rows_of(capsys)[2]["seconds"] > 0

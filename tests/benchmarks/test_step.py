@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import load, peft_step, quantisation, step, swap
+from benchmarks import load, peft_step, quantization, step, swap
 from benchmarks.job import (
     PRESETS,
     Shape,
@@ -109,20 +109,20 @@ def test_a_step_trains_the_lora_alone():
 def test_memory_options_change_no_result(words: str):
     plain, job = tiny_job("--seed", "4"), tiny_job("--seed", "4", *words.split())
     for _ in range(2):
-        wanted, found = plain.step(), job.step()
-    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.gradient_norm, wanted.gradient_norm, rtol=1e-5, atol=0)
+        expected, report = plain.step(), job.step()
+    torch.testing.assert_close(report.loss, expected.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(report.gradient_norm, expected.gradient_norm, rtol=1e-5, atol=0)
     assert (job.swapper is not None) == ("swap" in words)
 
 
 def test_the_trainers_own_checks_are_kept():
-    for words, said in (
+    for words, message in (
         ("--blocks_to_swap auto", "give --blocks_to_swap a number"),
         ("--no_such_option", "no_such_option"),
         ("--fp8_matmul", "fp8_base"),
         ("--blocks_to_swap 1 --cpu_offload_checkpointing", "can't be combined"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             training_options(words.split())
 
 
@@ -151,7 +151,7 @@ def test_operations_of_real_widths_are_those_of_the_formula(preset: str):
     assert model_flops(config, args, shape) == pytest.approx(formula, rel=0.03)
 
 
-def test_the_step_benchmark_tells_time_memory_and_work(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_the_step_benchmark_reports_time_memory_and_work(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     step.main([*TINY, *SHORT, "--json", str(tmp_path / "step.json"), "--gradient_checkpointing"])
     row = rows_of(capsys)[0]
     assert row["what"] == "--t5xxl_max_token_length 8 --gradient_checkpointing"
@@ -181,7 +181,7 @@ def test_swapped_and_plain_steps_stand_side_by_side(capsys: pytest.CaptureFixtur
         swap.main([*TINY, *SHORT])
 
 
-def test_loading_is_told_beside_the_size_of_the_file(capsys: pytest.CaptureFixture[str]):
+def test_loading_is_reported_with_the_size_of_the_file(capsys: pytest.CaptureFixture[str]):
     load.main([*TINY[:6], "--rounds", "1", "--device", "cpu"])
     ours, plain, ratio = rows_of(capsys)
     assert ours["file_mib"] == plain["file_mib"] > 1 and ours["load_seconds"] > 0
@@ -195,10 +195,10 @@ def test_both_ways_of_loading_give_the_same_model(tmp_path: Path):
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_errors_of_quantised_weights_are_in_order(capsys: pytest.CaptureFixture[str]):
-    quantisation.main(["--depth", "2", "--hidden_size", "128", "--resolution", "64", "--device", "cpu", *SHORT])
+def test_errors_of_quantized_weights_are_in_order(capsys: pytest.CaptureFixture[str]):
+    quantization.main(["--depth", "2", "--hidden_size", "128", "--resolution", "64", "--device", "cpu", *SHORT])
     error = {row["what"]: row for row in rows_of(capsys)}
-    assert set(error) == set(quantisation.KINDS)
+    assert set(error) == set(quantization.KINDS)
     for name, limit in (("bf16", 0.02), ("int8", 0.03), ("fp8", 0.08), ("fp8, --fp8_matmul", 0.1), ("nf4", 0.3)):
         assert 1e-4 < error[name]["velocity_error"] < limit
         assert 1e-4 < error[name]["gradient_error"] < 2 * limit
@@ -207,8 +207,8 @@ def test_errors_of_quantised_weights_are_in_order(capsys: pytest.CaptureFixture[
 
 def test_a_comparison_runs_both(capsys: pytest.CaptureFixture[str]):
     """The whole way: our step in a process of its own, another program beside it."""
-    told = json.dumps({"rows": [{"what": "x", "step_seconds": 1e-3}]})
-    other = f'{sys.executable} -c \'print("""{told}""")\''
+    printed = json.dumps({"rows": [{"what": "x", "step_seconds": 1e-3}]})
+    other = f'{sys.executable} -c \'print("""{printed}""")\''
     step.main([*TINY, *SHORT, "--rounds", "1", "--against", other])
     ours, against, ratio = rows_of(capsys)
     assert against["step_seconds"] == 1e-3

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""How far a quantised base model is from the full one: error of the predicted velocity, of the LoRA's gradients, bytes, seconds.
+"""How far a quantized base model is from the full one: error of the predicted velocity, of the LoRA's gradients, bytes, seconds.
 
-    python -m benchmarks.quantisation --scale 0.5 --resolution 256
-    python -m benchmarks.quantisation --pretrained_model_name_or_path MODEL.safetensors
+    python -m benchmarks.quantization --scale 0.5 --resolution 256
+    python -m benchmarks.quantization --pretrained_model_name_or_path MODEL.safetensors
 
 The reference is the same model in float32. Errors are relative: the norm of the difference to the norm of the reference. Random
 weights (without a model) have no outliers; trained ones have some, which rows and blocks with scales of their own keep in bounds.
@@ -30,7 +30,7 @@ from benchmarks.job import (
     sizes,
     training_options,
 )
-from benchmarks.measuring import Row, add_face, compare, ours, tell, theirs
+from benchmarks.measuring import Row, add_common_arguments, compare, other_program, report, this_program
 from library.memory.apply import MemorySettings, apply_memory_optimizations
 from library.memory.quantization import fp8_matmul_problems
 from library.preflight.network import make_network
@@ -55,8 +55,8 @@ def main(words: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else list(words)
     chosen = parser().parse_args(words)
     if chosen.against:
-        rows = compare(ours("benchmarks.quantisation", words), theirs(chosen.against), chosen.rounds)
-        tell("quantisation", rows, chosen.json)
+        rows = compare(this_program("benchmarks.quantization", words), other_program(chosen.against), chosen.rounds)
+        report("quantization", rows, chosen.json)
         return
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.pretrained_model_name_or_path:
@@ -64,14 +64,14 @@ def main(words: Sequence[str] | None = None) -> None:
     else:
         base = random_model(sizes(chosen), torch.float32)
     shape = Shape(len(TIMESTEPS), chosen.resolution, chosen.resolution, CLIP_TOKENS + chosen.t5xxl_max_token_length)
-    wanted = run(base, MemorySettings(), torch.float32, shape, device)
+    reference = run(base, MemorySettings(), torch.float32, shape, device)
     rows = []
     for what, settings in KINDS.items():
         if settings.fp8_matmul and fp8_matmul_problems(device):
             continue
-        rounds = torch.bfloat16 if what == "bf16" else torch.float32  # of the others the storage's error alone
-        rows.append(compared(what, run(base, settings, rounds, shape, device), wanted))
-    tell("quantisation", rows, chosen.json, device=str(device), resolution=chosen.resolution)
+        dtype = torch.bfloat16 if what == "bf16" else torch.float32  # for the others, the error of the storage alone
+        rows.append(compared(what, run(base, settings, dtype, shape, device), reference))
+    report("quantization", rows, chosen.json, device=str(device), resolution=chosen.resolution)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,19 +81,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resolution", type=int, default=512, help="the images' side in pixels (512)")
     made.add_argument("--t5xxl_max_token_length", type=int, default=256, help="tokens of T5 (256)")
     made.add_argument("--device", help="cuda or cpu (cuda where there is one)")
-    add_face(made)
+    add_common_arguments(made)
     return made
 
 
-class Seen:
-    """What a model says and what it weighs."""
+class Outputs:
+    """A model's velocity, its gradients, and the bytes of its blocks."""
 
     def __init__(self, velocity: Tensor, gradients: list[Tensor], block_bytes: int, seconds: float):
         self.velocity, self.gradients = velocity, gradients
         self.block_bytes, self.seconds = block_bytes, seconds
 
 
-def run(base: MMDiT, settings: MemorySettings, dtype: torch.dtype, shape: Shape, device: torch.device) -> Seen:
+def run(base: MMDiT, settings: MemorySettings, dtype: torch.dtype, shape: Shape, device: torch.device) -> Outputs:
     """Forward and backward of one batch, with a LoRA of fixed noise, on a copy of the model."""
     model = copy.deepcopy(base).to(dtype)
     apply_memory_optimizations(model, settings, device)
@@ -106,7 +106,7 @@ def run(base: MMDiT, settings: MemorySettings, dtype: torch.dtype, shape: Shape,
     seconds = time.perf_counter() - started
     gradients = [parameter.grad.cpu() for parameter in network.parameters() if parameter.grad is not None]
     tensors = [*model.joint_blocks.parameters(), *model.joint_blocks.buffers()]
-    return Seen(velocity.detach().cpu(), gradients, sum(each.nbytes for each in tensors), seconds)
+    return Outputs(velocity.detach().cpu(), gradients, sum(each.nbytes for each in tensors), seconds)
 
 
 def attach_noise(model: MMDiT, device: torch.device) -> nn.Module:
@@ -120,20 +120,22 @@ def attach_noise(model: MMDiT, device: torch.device) -> nn.Module:
     return network
 
 
-def compared(what: str, found: Seen, wanted: Seen) -> Row:
-    gradients, others = (torch.cat([gradient.flatten() for gradient in seen.gradients]) for seen in (found, wanted))
+def compared(what: str, quantized: Outputs, reference: Outputs) -> Row:
+    gradients, expected = (
+        torch.cat([gradient.flatten() for gradient in outputs.gradients]) for outputs in (quantized, reference)
+    )
     return {
         "what": what,
-        "velocity_error": relative_error(found.velocity, wanted.velocity),
-        "gradient_error": relative_error(gradients, others),
-        "blocks_mib": found.block_bytes / 2**20,
-        "blocks_to_float32": found.block_bytes / wanted.block_bytes,
-        "seconds": found.seconds,
+        "velocity_error": relative_error(quantized.velocity, reference.velocity),
+        "gradient_error": relative_error(gradients, expected),
+        "blocks_mib": quantized.block_bytes / 2**20,
+        "blocks_to_float32": quantized.block_bytes / reference.block_bytes,
+        "seconds": quantized.seconds,
     }
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 if __name__ == "__main__":

@@ -12,30 +12,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL_SECONDS = 0.1  # looking costs about 3 ms
+POLL_SECONDS = 0.1  # a poll costs about 3 ms
 GPU_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What was seen of a command. Memory is that of it and its children, in MiB; None where the system does not tell."""
+class ProcessUsage:
+    """Time and memory of a command, its children included; memory in MiB, None where the system does not report it."""
 
     seconds: float  # from launch to end
     cpu_seconds: float  # of all cores, waiting for other programs not counted
     peak_mib: float
     gpu_mib: float | None  # by how much the GPUs' used memory grew at most, whoever used it
-    first: float | None  # seconds until `is_there` said yes
+    first: float | None  # seconds until `is_ready` returned True
     output: str
 
     def numbers(self) -> dict[str, float]:
-        seen = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "peak_mib": self.peak_mib}
-        return seen if self.gpu_mib is None else {**seen, "gpu_mib": self.gpu_mib}
+        numbers = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "peak_mib": self.peak_mib}
+        return numbers if self.gpu_mib is None else {**numbers, "gpu_mib": self.gpu_mib}
 
 
-def watch(command: Sequence[str], is_there: Callable[[], bool] | None = None) -> Watched:
-    """Run a command in the project's folder. SystemExit with what it said where it fails.
+def run_monitored(command: Sequence[str], is_ready: Callable[[], bool] | None = None) -> ProcessUsage:
+    """Run a command in the project's folder. SystemExit with its output where it fails.
 
-    is_there: asked all the while; the seconds until it first says yes are `first`.
+    is_ready: polled during the run; the seconds until it first returns True are `first`.
     """
     import psutil
 
@@ -43,11 +43,11 @@ def watch(command: Sequence[str], is_there: Callable[[], bool] | None = None) ->
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
         process = subprocess.Popen(list(command), cwd=ROOT, stdout=output, stderr=errors)
-        seen = psutil.Process(process.pid)
+        monitored = psutil.Process(process.pid)
         while process.poll() is None:
-            peak, used = max(peak, tree_bytes(seen)), max(used, tree_cpu_seconds(seen))
-            gpu.look()
-            if first is None and is_there is not None and is_there():
+            peak, used = max(peak, tree_bytes(monitored)), max(used, tree_cpu_seconds(monitored))
+            gpu.poll()
+            if first is None and is_ready is not None and is_ready():
                 first = time.perf_counter() - started
             time.sleep(POLL_SECONDS)
         seconds = time.perf_counter() - started
@@ -55,7 +55,7 @@ def watch(command: Sequence[str], is_there: Callable[[], bool] | None = None) ->
         text, wrong = (file.read().decode(errors="replace") for file in (output, errors))
     if process.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} ended with {process.returncode}:\n{text[-2000:]}{wrong[-4000:]}")
-    return Watched(seconds, used, peak / 2**20, gpu.most_mib, first, text)
+    return ProcessUsage(seconds, used, peak / 2**20, gpu.growth_mib, first, text)
 
 
 def tree_bytes(process: Any) -> int:
@@ -71,7 +71,7 @@ def tree_bytes(process: Any) -> int:
 
 
 def tree_cpu_seconds(process: Any) -> float:
-    """What the cores have worked for a psutil process and its children, those that have ended included."""
+    """CPU time of a psutil process and its children, those that have ended included."""
     import psutil
 
     try:
@@ -82,7 +82,7 @@ def tree_cpu_seconds(process: Any) -> float:
 
 
 def high_water_bytes(process: int | str = "self") -> int:
-    """The most resident memory that a process has had, or since `restart_high_water`; 0 where there is no /proc."""
+    """The most resident memory that a process has had, or since `reset_high_water`; 0 where there is no /proc."""
     try:
         text = Path(f"/proc/{process}/status").read_text(encoding="ascii")
     except OSError:
@@ -91,8 +91,8 @@ def high_water_bytes(process: int | str = "self") -> int:
     return int(line.split()[1]) * 1024
 
 
-def restart_high_water() -> None:
-    """Let this process's high-water mark begin anew (Linux; elsewhere it counts from the start)."""
+def reset_high_water() -> None:
+    """Reset this process's high-water mark (Linux; elsewhere it counts from the start)."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -110,28 +110,28 @@ def own_peak_bytes() -> int:
 
 
 class GpuGrowth:
-    """By how much the memory in use on all GPUs has grown since the start, asked of nvidia-smi now and then."""
+    """By how much the memory in use on all GPUs has grown since the start, polled from nvidia-smi."""
 
-    def __init__(self, ask: Callable[[], int | None] | None = None):
-        """ask: MiB in use now, None where there is no GPU to be asked."""
-        self.ask = ask or used_gpu_mib
-        self.before = self.ask()
-        self.most_mib: float | None = None if self.before is None else 0.0
-        self.next_look = 0.0
+    def __init__(self, query: Callable[[], int | None] | None = None):
+        """query: MiB in use now, None where there is no GPU."""
+        self.query = query or used_gpu_mib
+        self.before = self.query()
+        self.growth_mib: float | None = None if self.before is None else 0.0
+        self.next_poll = 0.0
 
-    def look(self) -> None:
-        if self.before is None or time.monotonic() < self.next_look:
+    def poll(self) -> None:
+        if self.before is None or time.monotonic() < self.next_poll:
             return
-        used = self.ask()
-        self.most_mib = max(self.most_mib or 0.0, float((used or self.before) - self.before))
-        self.next_look = time.monotonic() + GPU_POLL_SECONDS
+        used = self.query()
+        self.growth_mib = max(self.growth_mib or 0.0, float((used or self.before) - self.before))
+        self.next_poll = time.monotonic() + GPU_POLL_SECONDS
 
 
 def used_gpu_mib() -> int | None:
     """MiB in use on all NVIDIA GPUs; None where nvidia-smi is absent or fails."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return sum(int(line) for line in said.split())
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return sum(int(line) for line in output.split())
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
