@@ -96,21 +96,21 @@ def rows_of(preset: str, estimator: StepMemoryEstimator, cards: list[float]) -> 
         "the least": choose(estimator, EXACT, 0, ENDLESS)[0],
     }
     for card in cards:
-        levers, fits = choose(estimator, EXACT, int((card * GIB - OWN_SHARE) * (1 - GAPS)), ENDLESS)
+        affordable, fits = choose(estimator, EXACT, int((card * GIB - OWN_SHARE) * (1 - GAPS)), ENDLESS)
         if fits:
-            options[f"a card of {card:g} GiB"] = levers
+            options[f"a card of {card:g} GiB"] = affordable
     return [row(preset, name, estimator, chosen) for name, chosen in options.items()]
 
 
-def row(preset: str, name: str, estimator: StepMemoryEstimator, levers: MemoryOptions) -> Row:
-    step = estimator.step_bytes(levers)
+def row(preset: str, name: str, estimator: StepMemoryEstimator, options: MemoryOptions) -> Row:
+    step = estimator.step_bytes(options)
     return {
         "what": f"{preset}: {name}",
         "GiB": round(step.total / GIB, 2),
         "weights": round(step.base / GIB, 2),
         "activations": round(step.activations / GIB, 2),
-        "host GiB": round(estimator.host_bytes(levers) / GIB, 1),
-        "options": " ".join(levers.flags(estimator.depth)),
+        "host GiB": round(estimator.host_bytes(options) / GIB, 1),
+        "options": " ".join(options.flags(estimator.depth)),
     }
 
 
