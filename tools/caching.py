@@ -1,4 +1,4 @@
-"""What the two caching tools share: the trainer's own options and its own caching, without training."""
+"""Shared by the two caching tools: the trainer's own options and its own caching, without training."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def run_cache(
         return 0
     with tempfile.TemporaryDirectory() as unused:
         defaults = {"--output_dir": unused, "--network_module": "networks.lora_sd3"}
-        given = {word.split("=")[0] for word in words}
+        options_in_use = {word.split("=")[0] for word in words}
         for option, value in defaults.items():
-            words += [] if option in given else [option, value]
+            words += [] if option in options_in_use else [option, value]
         try:
             options = resolve_options([*words, switch])
             if options.args.output_config:

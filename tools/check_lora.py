@@ -154,7 +154,7 @@ def change_norm(tensors: Mapping[str, Tensor]) -> float | None:
     return abs(scale) * math.sqrt(max(0.0, float(((up.t() @ up) * (down @ down.t())).sum())))
 
 
-def place_of(name: str) -> tuple[str, int, str] | None:
+def position_of(name: str) -> tuple[str, int, str] | None:
     """(part of the model, block, part of the block) of a LoRA name; None for what lies in no block."""
     mmdit, text = MMDIT_LAYER.match(name), TEXT_LAYER.match(name)
     if mmdit:
@@ -166,10 +166,10 @@ def bars(layers: list[LayerReport]) -> list[Bar]:
     """The norms of layers in one block and part of it, put together: the root of the sum of their squares."""
     sums: dict[tuple[str, int, str], float] = {}
     for layer in layers:
-        place = place_of(layer.name)
-        if place is not None and layer.norm is not None:
-            sums[place] = sums.get(place, 0.0) + layer.norm**2
-    return [Bar(*place, math.sqrt(total)) for place, total in sums.items()]
+        position = position_of(layer.name)
+        if position is not None and layer.norm is not None:
+            sums[position] = sums.get(position, 0.0) + layer.norm**2
+    return [Bar(*position, math.sqrt(total)) for position, total in sums.items()]
 
 
 def facts(lora: LoraFile, layers: list[LayerReport]) -> str:
@@ -195,7 +195,7 @@ def by_block(layers: list[LayerReport]) -> str:
     for (part, block), row in sorted(cells.items()):
         rows.append((f"{part} {block}", *(f"{row[kind]:.4g}" if kind in row else "-" for kind in kinds)))
     lines = [table(rows)] if rows else []
-    others = [layer for layer in layers if place_of(layer.name) is None or layer.norm is None]
+    others = [layer for layer in layers if position_of(layer.name) is None or layer.norm is None]
     return "\n\n".join([*lines, *([by_layer(others)] if others else [])])
 
 

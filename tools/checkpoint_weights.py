@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from library.common.tensor_io import TORCH_DTYPES
 from library.sd3.checkpoint import ModelFiles
 from networks.diffusers_names import diffusers_paths
 from networks.network_layer import BaseLayer
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 PREFIXES = {"mmdit": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5xxl": "lora_te3_"}
 TITLES = {"lora_unet_": "the MMDiT", "lora_te1_": "CLIP-L", "lora_te2_": "CLIP-G", "lora_te3_": "T5"}
@@ -45,7 +48,7 @@ def lora_weights(files: ModelFiles) -> dict[str, Weight]:
     """The layers by LoRA name of those parts that the checkpoint's own file holds."""
     if files.mmdit.pickled:
         raise UserError(f"{files.mmdit.path} is a PyTorch file; a .safetensors checkpoint is needed.")
-    found = {}
+    weights = {}
     for part in (files.mmdit, files.clip_l, files.clip_g, files.t5xxl):
         if part is None or part.path != files.mmdit.path:
             continue
@@ -55,14 +58,14 @@ def lora_weights(files: ModelFiles) -> dict[str, Weight]:
             if path != key and diffusers_paths(name) is not None:
                 bias = path + ".bias"
                 has_bias = bias in part.tensors
-                found[name] = Weight(
+                weights[name] = Weight(
                     part.stored_name(key),
                     info,
                     part.stored_name(bias) if has_bias else None,
                     part.tensors[bias] if has_bias else None,
                     part.scales.get(key),
                 )
-    return found
+    return weights
 
 
 @contextmanager
@@ -76,11 +79,12 @@ def open_weights(path: Path) -> Iterator[WeightReader]:
 class WeightReader:
     """Reads layers' weights from an open checkpoint."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: safe_open):
         self.file = file
 
     def stored(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
 
     def read(self, weight: Weight) -> Tensor:
         """What the weight means, [out, in, ...] in float32."""

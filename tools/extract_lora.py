@@ -115,14 +115,14 @@ def extract(
                 raise UserError(f"{name} has NaN or infinite values in one of the models.")
             if norm <= min_diff * size:
                 continue
-            found = decompose(change.flatten(1), rule.most)
-            rank = rule.rank(found.s)
-            down, up = (factor.cpu() for factor in found.factors(rank))
+            decomposed = decompose(change.flatten(1), rule.most)
+            rank = rule.rank(decomposed.s)
+            down, up = (factor.cpu() for factor in decomposed.factors(rank))
             kernel = weight.info.shape[1:]
             tensors[f"{name}.lora_down.weight"] = down.view(rank, *kernel)
             tensors[f"{name}.lora_up.weight"] = up.view(up.shape[0], rank, *(1,) * (len(kernel) - 1))
             tensors[f"{name}.alpha"] = torch.tensor(float(rank))
-            rows.append(Extracted(name, rank, norm, norm / size if size else 1.0, found.kept(rank)))
+            rows.append(Extracted(name, rank, norm, norm / size if size else 1.0, decomposed.kept(rank)))
     if not rows:
         raise UserError(
             f"{original.mmdit.path} and {tuned.mmdit.path} have the same weights: there is nothing to extract."

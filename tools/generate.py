@@ -149,7 +149,7 @@ def check_loras(loras: Sequence[tuple[LoraFile, float]], files: ModelFiles) -> N
 def merge_loras(
     loras: Sequence[tuple[LoraFile, float]], encoders: Sequence[nn.Module | None], mmdit: MMDiT | None
 ) -> None:
-    """Change the weights of the given models by those layers of the files that are theirs."""
+    """Merge each file's layers into those models that have them."""
     layers = layers_by_name(encoders, mmdit)
     present = tuple(parts_of(layers))
     for lora, multiplier in loras:
@@ -175,16 +175,16 @@ def encode_texts(
         t5_dtype,
         t5_format,
         quantize=partial(quantize, within=lambda path: True),
-        change={name: _encoder_change(place, loras) for place, name in enumerate(ENCODERS)} if loras else {},
+        change={name: _encoder_change(index, loras) for index, name in enumerate(ENCODERS)} if loras else {},
     )
     stage = TextEncoderManager(files, load_tokenizers(tokenizer_cache, files.mmdit.path, present), settings, placement)
     texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
     return dict(zip(texts, stage.precompute(texts, present, batch_size=1)))
 
 
-def _encoder_change(place: int, loras: Sequence[tuple[LoraFile, float]]) -> WeightChange:
+def _encoder_change(index: int, loras: Sequence[tuple[LoraFile, float]]) -> WeightChange:
     def apply(model: nn.Module) -> None:
-        merge_loras(loras, [model if index == place else None for index in range(len(ENCODERS))], None)
+        merge_loras(loras, [model if other == index else None for other in range(len(ENCODERS))], None)
 
     return WeightChange(apply, "")
 
@@ -195,8 +195,8 @@ def load_denoiser(files: ModelFiles, loras: Sequence[tuple[LoraFile, float]], ma
     logger.info("Loading the MMDiT from %s", files.mmdit.path)
     model = load_mmdit(files.mmdit, first, machine.dtype)
     merge_loras(loras, [], model)
-    quantisation = "fp8" if machine.fp8 else None
-    apply_memory_optimizations(model, MemorySettings(machine.blocks_to_swap, quantization=quantisation), machine.device)
+    quantization = "fp8" if machine.fp8 else None
+    apply_memory_optimizations(model, MemorySettings(machine.blocks_to_swap, quantization=quantization), machine.device)
     return model
 
 
@@ -228,8 +228,8 @@ def make_images(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, prompt in enumerate(prompts, 1):
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as place:
-            settings = PreviewSettings(Path(place), "image", sampler)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as temporary:
+            settings = PreviewSettings(Path(temporary), "image", sampler)
             maker = Previewer([prompt], settings, conditioned, predict, decode, machine.device)
             made = maker.make("", [model])
             if not made:

@@ -1,9 +1,11 @@
-"""What the tools for LoRA files share: writing with true hashes, and how a tool ends."""
+"""Shared by the tools for LoRA files: writing with correct hashes, rewriting a safetensors file, options, exit codes, tables."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 from library.common.errors import UserError
-from library.common.files import save_safetensors
+from library.common.files import atomic_write, save_safetensors
+from library.common.safetensors_header import read_header
+from library.common.tensor_io import DTYPE_NAMES
 from library.saving.model_hash import lora_hashes
 from networks.diffusers_layout import ADAPTER_CONFIG
 
@@ -22,13 +26,41 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-STALE = ("sshs_model_hash", "sshs_legacy_hash", ADAPTER_CONFIG)  # keys of metadata that are true of one file alone
+STALE = ("sshs_model_hash", "sshs_legacy_hash", ADAPTER_CONFIG)  # metadata keys that belong to one file alone
+CHUNK = 16 << 20  # bytes
 
 
 def save_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA file whole or not at all, with the hashes that are now true of it."""
+    """Write a LoRA file whole or not at all, with its new hashes."""
     kept = {key: value for key, value in metadata.items() if key not in STALE}
     save_safetensors(path, tensors, kept | lora_hashes(tensors, kept))
+
+
+def rewrite_safetensors(
+    source: Path, target: Path, metadata: Mapping[str, str], changed: Iterable[tuple[str, Tensor]] = ()
+) -> None:
+    """Write `source` to `target`, whole or not at all, with `metadata` in place of its own.
+
+    Unchanged tensors are copied byte by byte, so memory holds one tensor.
+    changed: names with new values of the same dtype and shape, one after another. Names, order and all else stay.
+    """
+    header = read_header(source)
+    entries = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for name, info in header.tensors.items():
+        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.offsets}  # type: ignore[dict-item]
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the tensors start at a multiple of 8 bytes, as the format wants
+    with atomic_write(target) as temporary, source.open("rb") as old, temporary.open("wb") as new:
+        new.write(len(text).to_bytes(8, "little") + text)
+        start = new.tell()
+        old.seek(header.data_start)
+        shutil.copyfileobj(old, new, CHUNK)
+        for name, tensor in changed:
+            info = header.tensors[name]
+            if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (info.dtype, info.shape):
+                raise ValueError(f"{name} must stay {info.dtype} {info.shape}")
+            new.seek(start + info.offsets[0])
+            new.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def check_target(path: Path, force: bool, sources: Iterable[Path] = ()) -> None:
@@ -70,7 +102,7 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_tool(tool: Callable[[], int]) -> int:
-    """Run a tool's work and return the exit code: 2 where there is something for the user to mend, which is then said."""
+    """Run a tool's work and return the exit code: 2 after a mistake of the user, which it prints."""
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     try:
         return tool()
@@ -87,8 +119,8 @@ def table(rows: list[tuple[str, ...]]) -> str:
     lines = []
     for row in rows:
         cells = [
-            f"{cell:<{width}}" if not place else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths))
+            f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -30,8 +30,8 @@ def _by_ratio(s: Tensor, ratio: float) -> int:
     return int((s * ratio >= s[0]).sum())
 
 
-def _first_reaching(shares: Tensor, wanted: float) -> int:
-    return int((shares < wanted - 1e-12).sum()) + 1
+def _first_reaching(shares: Tensor, share: float) -> int:
+    return int((shares < share - 1e-12).sum()) + 1
 
 
 METHODS: Mapping[str, tuple[Callable[[Tensor, float], int], str]] = MappingProxyType(
@@ -58,10 +58,10 @@ class RankRule:
     def rank(self, s: Tensor) -> int:
         """s: float64 [n], falling. At least 1, at most `most` and the number of values that are not rounding."""
         nonzero = int((s > s[0] * ROUNDING).sum()) if s[0] > 0 else 1
-        wanted = self.most
+        rank = self.most
         if self.method is not None and s[0] > 0:
-            wanted = METHODS[self.method][0](s, self.value)
-        return max(1, min(wanted, self.most, nonzero))
+            rank = METHODS[self.method][0](s, self.value)
+        return max(1, min(rank, self.most, nonzero))
 
 
 @dataclass(frozen=True)

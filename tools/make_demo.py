@@ -4,7 +4,7 @@
     python tools/make_demo.py --output demo
 
 Nothing is trained and nothing is downloaded: the weights come with this program (tools/demo/pretrain.py made them), the
-pictures are drawn. Files that are there are kept, so that edits survive; --force makes everything anew.
+pictures are drawn. Existing files are kept, so that edits survive; --force writes everything again.
 """
 
 from __future__ import annotations

@@ -32,9 +32,16 @@ from networks.lora_file import LoraFile, read_lora
 from networks.merging import check_change, merged_weight
 from networks.weight_files import listed
 from tools.checkpoint_weights import TITLES, Weight, as_stored, lora_weights, open_weights
-from tools.lora_files import add_output_options, check_target, in_precision, run_tool, save_lora, tool_parser
+from tools.lora_files import (
+    add_output_options,
+    check_target,
+    in_precision,
+    rewrite_safetensors,
+    run_tool,
+    save_lora,
+    tool_parser,
+)
 from tools.low_rank import RankRule, add_rule_options, decompose_product, device_from, rule_from
-from tools.safetensors_rewrite import rewrite
 
 logger = logging.getLogger(__name__)
 PLAIN = {"lora_down.weight", "lora_up.weight", "alpha"}
@@ -128,8 +135,8 @@ def merge_into_checkpoint(
 
         names = ", ".join(f"{lora.path.name} x {ratio:g}" for lora, ratio in zip(loras, ratios))
         metadata = read_header(base).metadata
-        stale = {key: value for key, value in metadata.items() if key != "modelspec.hash_sha256"}
-        rewrite(base, save_to, {**stale, "merged_loras": names}, changed())
+        kept = {key: value for key, value in metadata.items() if key != "modelspec.hash_sha256"}
+        rewrite_safetensors(base, save_to, {**kept, "merged_loras": names}, changed())
     return len(changes)
 
 
@@ -183,7 +190,7 @@ def merge_loras(
 
     UserError where a file is no plain LoRA or two do not fit each other.
     """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    pairs_by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}  # Down, Up times its strength
     problems = Problems()
     for lora, ratio in zip(loras, ratios):
         layers = lora.layers
@@ -196,15 +203,15 @@ def merge_loras(
         for name, layer in layers.items():
             down, up = layer["lora_down.weight"], layer["lora_up.weight"]
             strength = ratio * (float(layer["alpha"]) / down.shape[0] if "alpha" in layer else 1.0)
-            pairs = found.setdefault(name, [])
+            pairs = pairs_by_name.setdefault(name, [])
             if pairs and (pairs[0][0].shape[1:] != down.shape[1:] or pairs[0][1].shape[0] != up.shape[0]):
                 problems.add(f"{lora.path}: {name} has another size than in {loras[0].path}. Are they for one model?")
                 continue
             pairs.append((down, scaled(up, strength)))
     problems.raise_if_any()
     tensors: dict[str, Tensor] = {}
-    for name in progress_bar(list(found), "Merging"):
-        downs, ups = zip(*found[name])
+    for name in progress_bar(list(pairs_by_name), "Merging"):
+        downs, ups = zip(*pairs_by_name[name])
         down, up = torch.cat(downs), torch.cat(ups, dim=1)
         if rule is not None:
             dtype, sizes = up.dtype, (down.shape[1:], up.shape[2:])
@@ -220,7 +227,7 @@ def merge_loras(
 def merged_metadata(
     loras: Sequence[LoraFile], ratios: Sequence[float], tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """What all files agree on, and what is true of the new one."""
+    """The entries that all files share, and those of the new file."""
     first = loras[0].metadata
     common = {key: value for key, value in first.items() if all(lora.metadata.get(key) == value for lora in loras)}
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_down.weight")}

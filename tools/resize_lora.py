@@ -87,12 +87,12 @@ def _resize_layer(
     down, up = layer["lora_down.weight"], layer["lora_up.weight"]
     old_rank = down.shape[0]
     scale = float(layer["alpha"]) / old_rank if "alpha" in layer else 1.0
-    found = decompose_product(up.to(device).flatten(1), down.to(device).flatten(1))
-    rank = rule.rank(found.s)
-    row = Resized(name, old_rank, min(rank, old_rank), abs(scale) * float(found.s.norm()), found.kept(rank))
+    decomposed = decompose_product(up.to(device).flatten(1), down.to(device).flatten(1))
+    rank = rule.rank(decomposed.s)
+    row = Resized(name, old_rank, min(rank, old_rank), abs(scale) * float(decomposed.s.norm()), decomposed.kept(rank))
     if rank >= old_rank:
         return {suffix: layer[suffix] for suffix in RESIZED if suffix in layer}, row
-    new_down, new_up = found.factors(rank)
+    new_down, new_up = decomposed.factors(rank)
     return {
         "lora_down.weight": new_down.view(rank, *down.shape[1:]).to("cpu", down.dtype),
         "lora_up.weight": new_up.view(up.shape[0], rank, *up.shape[2:]).to("cpu", up.dtype),

@@ -17,14 +17,12 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, Python looks into tools/ alone
 
 from library.common.errors import UserError
 from library.common.safetensors_header import Header, read_header
-from tools.lora_files import check_target, run_tool, tool_parser
-from tools.safetensors_rewrite import rewrite
+from tools.lora_files import check_target, rewrite_safetensors, run_tool, tool_parser
 
 # option -> key and help
 EDITS = {
@@ -95,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         if metadata != header.metadata:
             if chosen.save_to:
                 check_target(chosen.save_to, chosen.force, [path])
-            rewrite(path, chosen.save_to or path, metadata)
+            rewrite_safetensors(path, chosen.save_to or path, metadata)
         elif chosen.save_to:
             raise UserError("--save_to: nothing was edited, so there is nothing to write.")
         if chosen.json:
@@ -168,15 +166,15 @@ def number(text: str | None) -> float | None:
 
 def tag_counts(text: str | None) -> Counter[str]:
     """How often each tag stands in the captions, over all folders."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     try:
-        folders: Any = json.loads(text or "{}")
+        folders: object = json.loads(text or "{}")
     except ValueError:
-        return found
+        return counts
     for tags in folders.values() if isinstance(folders, dict) else ():
         if isinstance(tags, dict):
-            found.update({str(tag): count for tag, count in tags.items() if isinstance(count, int)})
-    return found
+            counts.update({str(tag): count for tag, count in tags.items() if isinstance(count, int)})
+    return counts
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How ComfyUI turns a file's tensors into a changed weight, written anew from its loaders: one function an algorithm."""
+"""How ComfyUI turns a file's tensors into a changed weight, written independently from its loaders: one function an algorithm."""
 
 from __future__ import annotations
 

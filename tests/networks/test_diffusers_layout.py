@@ -56,13 +56,13 @@ def diffusers_output(tensors: dict[str, Tensor], metadata: dict | None = None, *
         pipeline.load_lora_into_transformer(pipeline.lora_state_dict(tensors), transformer)
     else:
         pipeline.load_lora_into_transformer(tensors, transformer, metadata=metadata)
-    given = mmdit_inputs()
+    inputs = mmdit_inputs()
     with torch.no_grad():
         return transformer(
-            hidden_states=given["x"],
-            encoder_hidden_states=given["context"],
-            pooled_projections=given["pooled"],
-            timestep=given["timestep"],
+            hidden_states=inputs["x"],
+            encoder_hidden_states=inputs["context"],
+            pooled_projections=inputs["pooled"],
+            timestep=inputs["timestep"],
             return_dict=False,
         )[0]
 
@@ -97,8 +97,8 @@ def test_diffusers_loads_the_clip_loras(encoder: str):
     torch.manual_seed(0)
     clips = [tiny_clip(), tiny_clip(hidden=24)]
     tensors = lora_of(None, clips)
-    place = ["text_encoder", "text_encoder_2"].index(encoder)
-    clip, tokens = clips[place], torch.arange(1, 9).reshape(2, 4)
+    index = ["text_encoder", "text_encoder_2"].index(encoder)
+    clip, tokens = clips[index], torch.arange(1, 9).reshape(2, 4)
     before = clip(tokens).text_embeds
     network, _ = create_network_from_weights(1.0, None, None, clips, None, weights_sd=tensors)
     network.attach()
@@ -129,11 +129,11 @@ def test_the_pipeline_of_diffusers_loads_a_converted_file_into_all_its_models(tm
     pipeline.load_lora_weights(str(tmp_path), weight_name="theirs.safetensors")
     for clip, expected in zip(clips, ours):
         assert_same(expected, clip(tokens).text_embeds)
-    given = mmdit_inputs()
-    given = {"hidden_states": given["x"], "encoder_hidden_states": given["context"], "timestep": given["timestep"]}
+    inputs = mmdit_inputs()
+    inputs = {"hidden_states": inputs["x"], "encoder_hidden_states": inputs["context"], "timestep": inputs["timestep"]}
     with torch.no_grad():
-        found = transformer(**given, pooled_projections=mmdit_inputs()["pooled"], return_dict=False)[0]
-    assert_same(our_output({key: value for key, value in tensors.items() if key.startswith("lora_unet_")}), found)
+        actual = transformer(**inputs, pooled_projections=mmdit_inputs()["pooled"], return_dict=False)[0]
+    assert_same(our_output({key: value for key, value in tensors.items() if key.startswith("lora_unet_")}), actual)
 
 
 def of_clips(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,9 +209,9 @@ def test_a_file_that_diffusers_writes_is_read_as_diffusers_computes(tmp_path: Pa
         **_collate_lora_metadata({"transformer": transformer, "text_encoder": clip}),
     )
     lora = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
-    given = mmdit_inputs()
+    inputs = mmdit_inputs()
     with torch.no_grad():
-        theirs = transformer(given["x"], given["context"], given["pooled"], given["timestep"], return_dict=False)[0]
+        theirs = transformer(inputs["x"], inputs["context"], inputs["pooled"], inputs["timestep"], return_dict=False)[0]
         expected = clip(tokens).text_embeds
     clip.disable_adapters()
     ours_alone = {key: tensor for key, tensor in lora.tensors.items() if key.startswith("lora_unet_")}

@@ -13,7 +13,7 @@ from networks.lora import LayerSettings, LoRALayer
 
 
 def read_as_comfyui(weight: Tensor, file: dict[str, Tensor], strength: float) -> Tensor:
-    """W' as ComfyUI's weight_decompose makes it, written anew: the shape decides the axis, and for one magnitude per output the
+    """W' as ComfyUI's weight_decompose makes it, written independently: the shape decides the axis, and for one magnitude per output the
     norm is the unmerged weight's."""
     down, up = file["lora_down.weight"].flatten(1), file["lora_up.weight"].flatten(1)
     change = (up @ down).reshape(weight.shape) * (file["alpha"].item() / down.shape[0])
@@ -127,7 +127,7 @@ def test_norm_without_the_merged_weight_equals_the_norm_of_it():
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
-def test_norm_of_a_quantised_layer_is_that_of_its_effective_weight(kind: str):
+def test_norm_of_a_quantized_layer_is_that_of_its_effective_weight(kind: str):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 128)).requires_grad_(False)
     quantize(model, kind, lambda path: True)

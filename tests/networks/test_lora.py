@@ -192,11 +192,11 @@ def test_rescaled_dropouts_keep_the_mean(dropout: str, parts: int):
     made = lora(layer, **{dropout: 0.4}, parts=parts)
     x = torch.randn(2, 3, 12)
     made.eval()
-    wanted = changes(made, layer, x, 1)[0]
+    expected = changes(made, layer, x, 1)[0]
     made.train()
     torch.manual_seed(0)
     mean = changes(made, layer, x, 4000).mean(0)
-    assert (mean - wanted).abs().max() < 0.12 * wanted.abs().max()
+    assert (mean - expected).abs().max() < 0.12 * expected.abs().max()
 
 
 def test_rank_dropout_drops_the_same_ranks_at_all_tokens_of_a_sample():
@@ -212,11 +212,11 @@ def test_module_dropout_drops_the_whole_change_without_rescaling():
     layer = frozen_linear()
     made = lora(layer, module_dropout=0.3)
     x = torch.randn(2, 3, 12)
-    wanted = changes(made.eval(), layer, x, 1)[0]
+    expected = changes(made.eval(), layer, x, 1)[0]
     torch.manual_seed(0)
-    found = changes(made.train(), layer, x, 300)
-    dropped = [not change.any() for change in found]
-    kept = [torch.allclose(change, wanted, atol=1e-6) for change in found]
+    actual = changes(made.train(), layer, x, 300)
+    dropped = [not change.any() for change in actual]
+    kept = [torch.allclose(change, expected, atol=1e-6) for change in actual]
     assert all(a != b for a, b in zip(dropped, kept))
     assert 60 <= sum(dropped) <= 120  # 300 draws at 0.3: 90 +- 4 deviations
 
@@ -252,21 +252,21 @@ def test_the_hook_keeps_nothing_of_the_frozen_weight():
 
 
 @pytest.mark.parametrize("name", ["Linear4bit", "Linear8bitLt"])
-def test_quantised_layers_train(name: str):
+def test_quantized_layers_train(name: str):
     import bitsandbytes as bnb
 
     torch.manual_seed(1)
     layer = nn.Linear(64, 128).requires_grad_(False)
     kind = getattr(bnb.nn, name)
-    quantised = kind(64, 128, **({"has_fp16_weights": False} if name == "Linear8bitLt" else {}))
-    quantised.load_state_dict(layer.state_dict())
-    quantised = quantised.to("cpu").requires_grad_(False)
-    made = lora(quantised)
+    quantized = kind(64, 128, **({"has_fp16_weights": False} if name == "Linear8bitLt" else {}))
+    quantized.load_state_dict(layer.state_dict())
+    quantized = quantized.to("cpu").requires_grad_(False)
+    made = lora(quantized)
     x = torch.randn(2, 5, 64)
-    difference = quantised(x) - quantised.forward(x)
-    wanted = 2.0 / 3 * F.linear(F.linear(x, made.lora_down.weight), made.lora_up.weight)
-    torch.testing.assert_close(difference, wanted, rtol=1e-3, atol=1e-3)
-    quantised(x).square().sum().backward()
+    difference = quantized(x) - quantized.forward(x)
+    expected = 2.0 / 3 * F.linear(F.linear(x, made.lora_down.weight), made.lora_up.weight)
+    torch.testing.assert_close(difference, expected, rtol=1e-3, atol=1e-3)
+    quantized(x).square().sum().backward()
     assert all(parameter.grad.any() for parameter in made.parameters())
 
 

@@ -76,7 +76,7 @@ def test_keys_shapes_and_alphas_of_a_saved_sd3_medium_lora():
         layer.lora_down.to_empty(device="cpu")
         layer.lora_up.to_empty(device="cpu")
     saved = network.state_dict_for_saving(torch.bfloat16)
-    wanted = {}
+    reference = {}
     for block in range(24):
         for half in ("context", "x"):
             layers = {
@@ -90,10 +90,10 @@ def test_keys_shapes_and_alphas_of_a_saved_sd3_medium_lora():
                 layers = {"attn_qkv": (1536, 4608), "adaLN_modulation_1": (1536, 3072)}
             for layer, (size_in, size_out) in layers.items():
                 name = BLOCK.format(block, half, layer)
-                wanted[f"{name}.lora_down.weight"] = (4, size_in)
-                wanted[f"{name}.lora_up.weight"] = (size_out, 4)
-                wanted[f"{name}.alpha"] = ()
-    assert {key: tuple(tensor.shape) for key, tensor in saved.items()} == wanted
+                reference[f"{name}.lora_down.weight"] = (4, size_in)
+                reference[f"{name}.lora_up.weight"] = (size_out, 4)
+                reference[f"{name}.alpha"] = ()
+    assert {key: tuple(tensor.shape) for key, tensor in saved.items()} == reference
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     assert all(tensor.item() == 2.0 for key, tensor in saved.items() if key.endswith(".alpha"))
 
@@ -112,10 +112,10 @@ def ranks(**kwargs) -> dict[str, int]:
 
 
 def test_each_kind_of_layer_has_a_rank_of_its_own():
-    found = ranks(
+    actual = ranks(
         context_attn_dim="2", context_mlp_dim="3", context_mod_dim="4", x_attn_dim="5", x_mlp_dim="6", x_mod_dim="7"
     )
-    wanted = {
+    reference = {
         ("context", "attn_qkv"): 2,
         ("context", "attn_proj"): 2,
         ("context", "mlp_fc1"): 3,
@@ -129,18 +129,18 @@ def test_each_kind_of_layer_has_a_rank_of_its_own():
         ("x", "mlp_fc2"): 6,
         ("x", "adaLN_modulation_1"): 7,
     }
-    assert {(half, layer): found[BLOCK.format(0, half, layer)] for half, layer in wanted} == wanted
+    assert {(half, layer): actual[BLOCK.format(0, half, layer)] for half, layer in reference} == reference
 
 
 def test_rank_zero_leaves_a_kind_of_layer_out():
-    found = ranks(x_attn_dim="0")
-    assert not any("x_block_attn" in name for name in found)
-    assert found[BLOCK.format(0, "context", "attn_qkv")] == 8
+    actual = ranks(x_attn_dim="0")
+    assert not any("x_block_attn" in name for name in actual)
+    assert actual[BLOCK.format(0, "context", "attn_qkv")] == 8
 
 
 def test_emb_dims_reach_the_six_embedders():
-    found = {name: rank for name, rank in ranks(emb_dims="[2,3,4,5,6,7]").items() if "joint_blocks" not in name}
-    assert found == {
+    actual = {name: rank for name, rank in ranks(emb_dims="[2,3,4,5,6,7]").items() if "joint_blocks" not in name}
+    assert actual == {
         "lora_unet_context_embedder": 2,
         "lora_unet_t_embedder_mlp_0": 3,
         "lora_unet_t_embedder_mlp_2": 3,

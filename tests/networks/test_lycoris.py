@@ -200,11 +200,11 @@ def test_works_on_a_bfloat16_model(case: str):
     network.set_multiplier(8.0)
     base16 = model(**mmdit_inputs(dtype=torch.bfloat16))
     network.attach()
-    found = model(**mmdit_inputs(dtype=torch.bfloat16))
-    change, wanted = (found - base16).float(), expected - base
-    assert found.dtype == torch.bfloat16
+    actual = model(**mmdit_inputs(dtype=torch.bfloat16))
+    change, wanted = (actual - base16).float(), expected - base
+    assert actual.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(change.flatten(), wanted.flatten(), dim=0) > 0.9
-    found.float().square().mean().backward()
+    actual.float().square().mean().backward()
     assert all(p.dtype == torch.float32 and p.grad is not None for p in network.parameters())
 
 
@@ -234,11 +234,11 @@ def test_norm_cap(case: str):
     _, network = after_training(case)
 
     def norms() -> list[float]:
-        found = []
+        actual = []
         for layer in network.layers.values():
             tensors = {key: value.detach() for key, value in layer.export_state().items() if key != "dora_scale"}
-            found.append((readers.read(layer.layer.weight, tensors) - layer.layer.weight).norm().item())
-        return found
+            actual.append((readers.read(layer.layer.weight, tensors) - layer.layer.weight).norm().item())
+        return actual
 
     before = norms()
     limit = sorted(before)[len(before) // 2] * 1.01
@@ -294,11 +294,11 @@ def test_preset_file(tmp_path):
         lycoris.create_network(1.0, 4, 1, None, [], tiny_mmdit(), preset=str(tmp_path / "absent.toml"))
 
 
-def test_quantised_base_trains_with_factored_algorithms_and_refuses_the_others():
+def test_quantized_base_trains_with_factored_algorithms_and_refuses_the_others():
     import bitsandbytes as bnb
 
     for case in ("locon", "loha", "lokr", "glora"):
-        model = quantised_mmdit(bnb)
+        model = quantized_mmdit(bnb)
         _, network = made(case, model)
         network.train().attach()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -308,10 +308,10 @@ def test_quantised_base_trains_with_factored_algorithms_and_refuses_the_others()
         assert any(p.grad.any() for p in network.parameters())
     for case in ("locon dora", "diag-oft", "full"):
         with pytest.raises(UserError, match="quantised"):
-            made(case, quantised_mmdit(bnb))
+            made(case, quantized_mmdit(bnb))
 
 
-def quantised_mmdit(bnb) -> torch.nn.Module:
+def quantized_mmdit(bnb) -> torch.nn.Module:
     model = small_mmdit()
     for block in model.joint_blocks:
         plain = block.x_block.mlp.fc1

@@ -79,8 +79,8 @@ def test_magnitudes_by_output_are_read_with_the_merged_norm():
     weight = torch.randn(12, 8)
     file = random_file("lora") | {"dora_scale": torch.rand(12, 1) + 0.5}
     merged = weight + readers.lora(weight, file)
-    wanted = file["dora_scale"] * merged / merged.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(merged_weight(weight, file), wanted, rtol=1e-5, atol=1e-5)
+    expected = file["dora_scale"] * merged / merged.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(merged_weight(weight, file), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_are_made_in_float32_and_the_dtype_is_kept():
@@ -100,8 +100,8 @@ def test_several_files_with_strengths_add_up():
     first, second = random_file("lora"), random_file("loha")
     assert merge_layers({"a": first}, {"a": layer}, 0.5, "first") == 1
     merge_layers({"a": second}, {"a": layer}, -1.0, "second")
-    wanted = before + 0.5 * readers.lora(before, first) - readers.loha(before, second)
-    torch.testing.assert_close(layer.weight, wanted)
+    expected = before + 0.5 * readers.lora(before, first) - readers.loha(before, second)
+    torch.testing.assert_close(layer.weight, expected)
 
 
 def test_difference_of_the_bias_is_added():
@@ -144,7 +144,7 @@ def test_incomplete_layers_are_named(missing: str):
     raise AssertionError("the parameter names no tensor")
 
 
-def test_a_quantised_weight_is_not_merged_into():
+def test_a_quantized_weight_is_not_merged_into():
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(64, 64).to("cpu")

@@ -259,10 +259,10 @@ def test_norm_cap_equals_the_spec_on_the_full_matrices(variant: str):
         exact[name] = (tensors["alpha"] / down.shape[0] * up @ down).norm()
     limit = sorted(norm.item() for norm in exact.values())[len(exact) // 2] * 1.01
     norms, shrunk = [], 0
-    wanted = {}
+    reference = {}
     for name, norm in exact.items():
         ratio = min(max(norm.item(), limit / 2), limit) / max(norm.item(), limit / 2)
-        wanted[name] = before[name]["lora_down.weight"] * ratio**0.5
+        reference[name] = before[name]["lora_down.weight"] * ratio**0.5
         norms.append(norm.item() * ratio)
         shrunk += ratio < 1
     report = network.scale_weight_norms(limit)
@@ -270,7 +270,7 @@ def test_norm_cap_equals_the_spec_on_the_full_matrices(variant: str):
     assert report.keys_scaled.item() == shrunk
     assert report.average_norm.item() == pytest.approx(sum(norms) / len(norms), rel=1e-4)
     assert report.maximum_norm.item() == pytest.approx(max(norms), rel=1e-4)
-    for name, down in wanted.items():
+    for name, down in reference.items():
         torch.testing.assert_close(
             network.layers[name].export_state()["lora_down.weight"].double(), down, rtol=1e-4, atol=1e-7
         )

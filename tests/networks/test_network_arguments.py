@@ -133,8 +133,8 @@ def test_embedder_ranks_with_and_without_brackets(ranks: list[int], brackets: bo
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.text().map(str.strip), max_size=5))
 def test_arguments_split_at_the_first_equals_sign(texts: dict[str, str]):
-    found, problems = split_arguments([f"{key}={value}" for key, value in texts.items()])
-    assert found == texts and not problems
+    actual, problems = split_arguments([f"{key}={value}" for key, value in texts.items()])
+    assert actual == texts and not problems
 
 
 @given(st.lists(st.one_of(st.text(), st.tuples(st.sampled_from(sorted(PARSERS)), st.text()).map("=".join))))

@@ -21,7 +21,7 @@ from tests.warm_processes import run_ranks
 
 def _work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {}
+    results = {}
     for name in NETWORKS:
         whole, shared = tiny_mmdit(depth=3), tiny_mmdit(depth=3)
         plain, network = attached(name, whole), attached(name, shared)
@@ -33,7 +33,7 @@ def _work(rank: int, folder: str) -> None:
             network.zero_grad()
             expected, gradients = step(whole, plain)
             out, ours = step(shared, network)
-        found[name] = (
+        results[name] = (
             torch.equal(out, expected)
             and any(gradient is not None for gradient in gradients.values())
             and all(
@@ -41,20 +41,20 @@ def _work(rank: int, folder: str) -> None:
                 for key, value in gradients.items()
             )
         )
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bool]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bool]]:
     folder: Path = tmp_path_factory.mktemp("shared_base")
     run_ranks(_work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_sharing_the_base_changes_nothing(found: list[dict[str, bool]], name: str):
-    assert [process[name] for process in found] == [True, True]
+def test_sharing_the_base_changes_nothing(results: list[dict[str, bool]], name: str):
+    assert [process[name] for process in results] == [True, True]
 
 
 def test_the_first_block_with_layers_is_known_by_their_names():

@@ -10,7 +10,7 @@ from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("values", "expected"),
     [
         (None, (1e-4, 1e-4, 1e-4)),
         ([], (1e-4, 1e-4, 1e-4)),
@@ -20,10 +20,10 @@ from networks.parameter_groups import LearningRates, LoraPlus, parameter_groups
         ([0.0, 2e-5], (0.0, 2e-5, 2e-5)),
     ],
 )
-def test_one_to_three_text_encoder_rates(given, wanted):
-    rates = LearningRates.from_options(1e-4, None, given, train_t5xxl=True)
-    assert rates.text_encoders == wanted and rates.unet == 1e-4
-    assert rates.trained_text_encoders == tuple(rate > 0 for rate in wanted)
+def test_one_to_three_text_encoder_rates(values, expected):
+    rates = LearningRates.from_options(1e-4, None, values, train_t5xxl=True)
+    assert rates.text_encoders == expected and rates.unet == 1e-4
+    assert rates.trained_text_encoders == tuple(rate > 0 for rate in expected)
 
 
 def test_t5_is_trained_only_when_asked():

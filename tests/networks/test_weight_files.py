@@ -19,9 +19,9 @@ TENSORS = {"lora_unet_a.lora_up.weight": torch.randn(3, 2), "lora_unet_a.alpha":
 def test_round_trip(suffix: str, tmp_path):
     path = tmp_path / "folder" / f"a{suffix}"
     write_network_file(path, TENSORS, {"key": "value"})
-    found = read_network_file(path)
-    assert found.keys() == TENSORS.keys()
-    assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+    actual = read_network_file(path)
+    assert actual.keys() == TENSORS.keys()
+    assert all(torch.equal(actual[key], TENSORS[key]) for key in TENSORS)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 

@@ -1,4 +1,4 @@
-"""Networks act the same on models that are quantised, swapped and checkpointed by library.memory."""
+"""Networks act the same on models that are quantized, swapped and checkpointed by library.memory."""
 
 from __future__ import annotations
 
@@ -62,26 +62,26 @@ def test_block_swap_changes_nothing(name: str):
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
 @pytest.mark.parametrize("name", ["lora", "split_qkv", "dora", "pissa", "loha", "glora"])
-def test_quantised_base_acts_as_its_effective_weights(name: str, kind: str):
-    """The network on quantised layers equals the network on plain layers that hold the same values."""
-    quantised = tiny_mmdit()
-    quantize_blocks(quantised.blocks, kind)
+def test_quantized_base_acts_as_its_effective_weights(name: str, kind: str):
+    """The network on quantized layers equals the network on plain layers that hold the same values."""
+    quantized = tiny_mmdit()
+    quantize_blocks(quantized.blocks, kind)
     plain = tiny_mmdit()
     for path, layer in plain.named_modules():
         if isinstance(layer, nn.Linear) and path.startswith("joint_blocks."):
-            narrow = quantised.get_submodule(path)
+            narrow = quantized.get_submodule(path)
             layer.weight.data = narrow.dequantize(narrow.weight, narrow.weight_scale, narrow.shape, torch.float32)
-    wide_network, narrow_network = attached(name, plain), attached(name, quantised)
+    wide_network, narrow_network = attached(name, plain), attached(name, quantized)
     narrow_network.load_state_dict(wide_network.state_dict())
     expected, gradients = step(plain, wide_network)
-    found, narrow_gradients = step(quantised, narrow_network)
-    assert relative_error(found, expected) < 1e-4
+    actual, narrow_gradients = step(quantized, narrow_network)
+    assert relative_error(actual, expected) < 1e-4
     for key, gradient in gradients.items():
         torch.testing.assert_close(narrow_gradients[key], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
-def test_a_quantised_weight_is_told_as_it_is_whatever_the_bias(kind: str):
+def test_a_quantized_weight_is_the_same_whatever_the_bias(kind: str):
     model = nn.Sequential(nn.Linear(64, 128)).to(torch.bfloat16).requires_grad_(False)
     model[0].bias.fill_(100.0)  # beside which bfloat16 holds little of the products
     quantize(model, kind, lambda path: True)
@@ -93,7 +93,7 @@ def test_a_quantised_weight_is_told_as_it_is_whatever_the_bias(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nf4"])
-def test_dora_on_a_quantised_layer_compiles_whole(kind: str):
+def test_dora_on_a_quantized_layer_compiles_whole(kind: str):
     model = nn.Sequential(nn.Linear(64, 128)).requires_grad_(False)
     quantize(model, kind, lambda path: True)
     made = trained(DoRALayer(model[0], LayerSettings(rank=4, alpha=2.0)), 0.1)
@@ -107,7 +107,7 @@ def test_dora_on_a_quantised_layer_compiles_whole(kind: str):
     assert relative_error(forward(x), model(x)) < 1e-5
 
 
-def test_algorithms_that_need_the_weight_say_so_on_a_quantised_base():
+def test_algorithms_that_need_the_weight_say_so_on_a_quantized_base():
     from library.common.errors import UserError
 
     model: MMDiT = tiny_mmdit()

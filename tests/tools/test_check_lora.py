@@ -14,7 +14,7 @@ from networks.diffusers_layout import to_diffusers
 from tests.networks.models import tiny_t5
 from tests.sd3.tiny import tiny_checkpoint, tiny_clip
 from tests.tools.loras import changes, lora_for_checkpoint, run_script, write_lora
-from tools.check_lora import bars, check_layer, main, place_of
+from tools.check_lora import bars, check_layer, main, position_of
 from tools.norm_plot import COLOURS
 
 QKV = "lora_unet_joint_blocks_0_x_block_attn_qkv"
@@ -35,31 +35,31 @@ def test_the_real_command_passes_a_good_file_and_draws_it(base: Path, tmp_path: 
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "No problems found." in ran.stdout and "MMDiT, image 1" in ran.stdout
     image = Image.open(plot)
-    found = {colour for _, colour in image.getcolors(1 << 20)}
+    actual = {colour for _, colour in image.getcolors(1 << 20)}
     assert image.width == 1200
-    assert {tuple(bytes.fromhex(colour[1:])) for colour in COLOURS.values()} <= found
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in COLOURS.values()} <= actual
 
 
 def test_norms_are_those_of_the_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tensors = everything()
     file = write_lora(tmp_path / "lora.safetensors", to_diffusers(tensors))
     assert main([str(file), "--json"]) == 0
-    found = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
+    actual = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
     for name, change in changes(tensors).items():
-        assert found[name]["norm"] == pytest.approx(float(change.norm()), rel=1e-5)
+        assert actual[name]["norm"] == pytest.approx(float(change.norm()), rel=1e-5)
     reports = [check_layer(QKV, {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(QKV)}, None)]
-    assert bars(reports)[0].norm == pytest.approx(found[QKV]["norm"], rel=1e-5)
+    assert bars(reports)[0].norm == pytest.approx(actual[QKV]["norm"], rel=1e-5)
 
 
 def test_every_block_layer_has_its_place():
     names = {key.partition(".")[0] for key in everything()}
     t5 = lora_for_checkpoint(encoders=(None, None, tiny_t5()), train_t5xxl="True")
     names |= {key.partition(".")[0] for key in t5}
-    without = {name for name in names if place_of(name) is None}
+    without = {name for name in names if position_of(name) is None}
     assert without and all("embedder" in name or "final_layer" in name for name in without)
-    assert place_of("lora_te3_encoder_block_12_layer_1_DenseReluDense_wi_0") == ("T5", 12, "mlp")
-    assert place_of("lora_te1_text_model_encoder_layers_3_self_attn_q_proj") == ("CLIP-L", 3, "attn")
-    assert place_of("lora_unet_joint_blocks_7_x_block_attn2_qkv") == ("MMDiT, image", 7, "attn2")
+    assert position_of("lora_te3_encoder_block_12_layer_1_DenseReluDense_wi_0") == ("T5", 12, "mlp")
+    assert position_of("lora_te1_text_model_encoder_layers_3_self_attn_q_proj") == ("CLIP-L", 3, "attn")
+    assert position_of("lora_unet_joint_blocks_7_x_block_attn2_qkv") == ("MMDiT, image", 7, "attn2")
 
 
 def with_(name: str, value: Tensor | None) -> dict[str, Tensor]:

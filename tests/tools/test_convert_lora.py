@@ -23,8 +23,8 @@ def test_there_and_back_by_the_real_command_and_by_main(tmp_path: Path):
     ran = run_script("convert_lora", "--model", kohya, "--save_to", theirs)
     assert ran.returncode == 0, ran.stderr
     assert "layers in diffusers's layout" in ran.stdout
-    found = load_file(theirs)
-    assert found.keys() == to_diffusers(tensors).keys()
+    actual = load_file(theirs)
+    assert actual.keys() == to_diffusers(tensors).keys()
     assert main(["--model", str(theirs), "--save_to", str(back)]) == 0
     again = load_file(back)
     assert again.keys() == tensors.keys()

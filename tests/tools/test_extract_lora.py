@@ -35,11 +35,11 @@ def test_the_real_command_gives_back_the_lora_that_was_merged(folder: Path, tmp_
     out = tmp_path / "out.safetensors"
     ran = run_script("extract_lora", *words(folder, "--save_to", out, "--dim", 4))
     assert ran.returncode == 0, ran.stderr
-    original, found = load_file(folder / "lora.safetensors"), load_file(out)
-    assert changes(found).keys() == changes(original).keys()
+    original, actual = load_file(folder / "lora.safetensors"), load_file(out)
+    assert changes(actual).keys() == changes(original).keys()
     for name, change in changes(original).items():
         torch.testing.assert_close(
-            changes(found)[name], change, rtol=1e-3, atol=1e-5 * float(change.abs().max()) + 1e-6
+            changes(actual)[name], change, rtol=1e-3, atol=1e-5 * float(change.abs().max()) + 1e-6
         )
     assert safe_open(out, "pt").metadata()["ss_base_model_version"] == "5-medium"
     total = next(line for line in ran.stdout.splitlines() if "mean rank" in line)
@@ -50,11 +50,11 @@ def test_rank_by_energy_and_text_encoders_left_out(folder: Path, tmp_path: Path)
     out = tmp_path / "out.safetensors"
     more = ["--save_to", out, "--dim", 4, "--dynamic_method", "energy", "--dynamic_param", 0.5, "--unet_only"]
     assert main(words(folder, *more)) == 0
-    found = load_file(out)
-    assert all(key.startswith("lora_unet_") for key in found)
+    actual = load_file(out)
+    assert all(key.startswith("lora_unet_") for key in actual)
     original = changes(load_file(folder / "lora.safetensors"))
-    for name, change in changes(found).items():
-        rank = found[name + ".lora_down.weight"].shape[0]
+    for name, change in changes(actual).items():
+        rank = actual[name + ".lora_down.weight"].shape[0]
         s = torch.linalg.svdvals(original[name])
         energy = s.square().cumsum(0) / s.square().sum()
         assert energy[rank - 1] > 0.5 - 1e-4 and (rank == 1 or energy[rank - 2] < 0.5 + 1e-4)

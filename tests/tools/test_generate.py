@@ -59,10 +59,10 @@ def test_loras_of_all_parts_do_what_a_merged_checkpoint_does(base: Path, tmp_pat
     words = ["--models", first, second, "--ratios", 0.6, -0.5, "--base_model", base, "--save_to", merged]
     assert merge_lora.main([str(word) for word in words]) == 0
     tokenizers = ["--tokenizer_cache_dir", base.parent / "tokenizers"]
-    wanted = make(merged, tmp_path / "merged", *tokenizers)
-    found = make(base, tmp_path / "live", "--lora_weights", first, second, "--lora_multipliers", 0.6, -0.5)
-    assert abs(found - wanted).max() <= 1
-    assert abs(found - make(base, tmp_path / "plain")).max() > 20
+    expected = make(merged, tmp_path / "merged", *tokenizers)
+    actual = make(base, tmp_path / "live", "--lora_weights", first, second, "--lora_multipliers", 0.6, -0.5)
+    assert abs(actual - expected).max() <= 1
+    assert abs(actual - make(base, tmp_path / "plain")).max() > 20
 
 
 def test_a_file_of_prompts_numbers_on_and_encoders_may_be_separate(base: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # One process for all tools, torch being slow to import; our own modules are forgotten between them.
 ASK = """
 import contextlib, io, json, runpy, sys
-path, found = list(sys.path), {}
+path, actual = list(sys.path), {}
 for tool in sys.argv[1:]:
     for name in [name for name in sys.modules if name.partition(".")[0] in ("library", "networks", "tools")]:
         del sys.modules[name]
@@ -21,8 +21,8 @@ for tool in sys.argv[1:]:
         try:
             runpy.run_path(tool, run_name="__main__")
         except SystemExit as stop:
-            found[tool] = [stop.code or 0, said.getvalue()]
-print(json.dumps(found))
+            actual[tool] = [stop.code or 0, said.getvalue()]
+print(json.dumps(actual))
 """
 
 
@@ -32,7 +32,7 @@ def test_every_tool_tells_its_options_under_its_own_name(tmp_path: Path) -> None
         [sys.executable, "-c", ASK, *tools], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found.keys() == set(tools) and len(tools) > 12
-    for tool, (code, said) in found.items():
+    actual = json.loads(done.stdout)
+    assert actual.keys() == set(tools) and len(tools) > 12
+    for tool, (code, said) in actual.items():
         assert code == 0 and said.startswith(f"usage: {Path(tool).name} "), (tool, said[:200])

@@ -215,7 +215,7 @@ def test_every_caption_is_made_of_known_words(tokenizers: Tokenizers) -> None:
     assert (ids[mask == 1][1:-1] < min(start, end)).all()  # any text is told in bytes, none as an end token
 
 
-def test_drawings_are_recognised() -> None:
+def test_drawings_are_recognized() -> None:
     for figure, colour, place in (("zorp", "white", "white"), ("moon", "purple", "night"), ("star", "black", "sea")):
         scene = Scene(figure, colour, place, "small")
         assert judge(draw(scene, Pose(3.0, -2.0, 1.05, 6.0))).scene == scene

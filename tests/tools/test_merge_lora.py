@@ -53,8 +53,8 @@ def test_the_real_command_makes_a_checkpoint_that_does_what_the_loras_did(checkp
     before, after = load_file(checkpoint), load_file(out)
     assert list(before) == list(after)
     key = PREFIXES["clip_g"] + "text_model.encoder.layers.1.mlp.fc1.weight"
-    wanted = before[key] + 0.5 * changes(first)["lora_te2_text_model_encoder_layers_1_mlp_fc1"].float()
-    torch.testing.assert_close(after[key], wanted)
+    reference = before[key] + 0.5 * changes(first)["lora_te2_text_model_encoder_layers_1_mlp_fc1"].float()
+    torch.testing.assert_close(after[key], reference)
     untouched = [k for k in before if k.startswith((PREFIXES["vae"], PREFIXES["t5xxl"])) or k.endswith("bias")]
     assert untouched and all(torch.equal(before[k], after[k]) for k in untouched)
     assert read_header(out).metadata["merged_loras"] == "a.safetensors x 0.5, b.safetensors x -0.25"
@@ -70,13 +70,13 @@ def test_dtypes_prefixes_and_metadata_of_the_checkpoint_stay(prefix: str, dtype:
     lora = lora_for_checkpoint()
     file = write_lora(tmp_path / "lora.safetensors", lora)
     assert main(["--models", str(file), "--base_model", str(base), "--save_to", str(out), "--device", "cpu"]) == 0
-    found = load_file(out)
-    assert {k: (v.dtype, v.shape) for k, v in found.items()} == {k: (v.dtype, v.shape) for k, v in stored.items()}
+    actual = load_file(out)
+    assert {k: (v.dtype, v.shape) for k, v in actual.items()} == {k: (v.dtype, v.shape) for k, v in stored.items()}
     key = prefix + "joint_blocks.1.x_block.mlp.fc2.weight"
-    wanted = stored[key].float() + changes(lora)["lora_unet_joint_blocks_1_x_block_mlp_fc2"].float()
+    reference = stored[key].float() + changes(lora)["lora_unet_joint_blocks_1_x_block_mlp_fc2"].float()
     half_a_step = 0.51 * torch.finfo(dtype).eps
     smallest = 0.51 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    torch.testing.assert_close(found[key].float(), wanted, rtol=half_a_step, atol=smallest + 1e-7)
+    torch.testing.assert_close(actual[key].float(), reference, rtol=half_a_step, atol=smallest + 1e-7)
     assert read_header(out).metadata["modelspec.title"] == "mine"
 
 
@@ -97,10 +97,10 @@ def test_a_scaled_float8_encoder_is_merged_in_its_own_scale(checkpoint: Path, tm
     lora = lora_for_checkpoint(encoders=(None, None, tiny_t5()), train_t5xxl="True")
     file = write_lora(tmp_path / "lora.safetensors", lora)
     assert main(["--models", str(file), "--ratios", "0.1", "--base_model", str(base), "--save_to", str(out)]) == 0
-    found = load_file(out)[key].float() * scale
-    wanted = original + 0.1 * changes(lora)["lora_te3_encoder_block_0_layer_0_SelfAttention_q"].float()
-    assert (found - wanted).norm() < 0.06 * wanted.norm()
-    assert (found - original).norm() > 0.5 * (wanted - original).norm()
+    actual = load_file(out)[key].float() * scale
+    reference = original + 0.1 * changes(lora)["lora_te3_encoder_block_0_layer_0_SelfAttention_q"].float()
+    assert (actual - reference).norm() < 0.06 * reference.norm()
+    assert (actual - original).norm() > 0.5 * (reference - original).norm()
 
 
 @pytest.mark.parametrize("arguments", [{"use_dora": "True"}, {"split_qkv": "True"}])
@@ -126,15 +126,15 @@ def test_several_loras_become_one_that_does_exactly_the_same(tmp_path: Path):
     out = tmp_path / "out.safetensors"
     words = ["--models", *map(str, files), "--ratios", "0.5", "1.5", "--save_to", str(out)]
     assert main(words) == 0
-    found = changes(load_file(out))
+    actual = changes(load_file(out))
     second["lora_unet_final_layer_linear.alpha"] = torch.tensor(2.0)  # no alpha means the rank, which is 2 there
     for name, change in changes(first).items():
-        torch.testing.assert_close(found[name], 0.5 * change + 1.5 * changes(second)[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(actual[name], 0.5 * change + 1.5 * changes(second)[name], rtol=1e-6, atol=1e-7)
     metadata = safe_open(out, "pt").metadata()
     assert metadata["ss_base_model_version"] == "5-medium" and "ss_steps" not in metadata
     assert main([*words, "--force", "--new_rank", "3"]) == 0
     near = load_file(out)
-    for name, change in found.items():
+    for name, change in actual.items():
         u, s, v = torch.linalg.svd(change, full_matrices=False)
         assert near[name + ".lora_down.weight"].shape[0] == 3
         torch.testing.assert_close(changes(near)[name], u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-5)

@@ -23,13 +23,13 @@ def test_the_real_command_gives_the_best_approximation_of_each_layer(tmp_path: P
     ran = run_script("resize_lora", "--model", big, "--save_to", small, "--new_rank", 2)
     assert ran.returncode == 0, ran.stderr
     assert "layers, mean rank" in ran.stdout
-    found = load_file(small)
+    actual = load_file(small)
     for name, change in changes(tensors).items():
         u, s, v = torch.linalg.svd(change, full_matrices=False)
-        torch.testing.assert_close(changes(found)[name], u[:, :2] * s[:2] @ v[:2], rtol=1e-4, atol=1e-6)
-        assert found[name + ".lora_down.weight"].shape[0] == 2
-        assert torch.equal(found[name + ".dora_scale"], tensors[name + ".dora_scale"])
-        ratios = [float(t[name + ".alpha"]) / t[name + ".lora_down.weight"].shape[0] for t in (tensors, found)]
+        torch.testing.assert_close(changes(actual)[name], u[:, :2] * s[:2] @ v[:2], rtol=1e-4, atol=1e-6)
+        assert actual[name + ".lora_down.weight"].shape[0] == 2
+        assert torch.equal(actual[name + ".dora_scale"], tensors[name + ".dora_scale"])
+        ratios = [float(t[name + ".alpha"]) / t[name + ".lora_down.weight"].shape[0] for t in (tensors, actual)]
         assert ratios[0] == pytest.approx(ratios[1])
     metadata = safe_open(small, "pt").metadata()
     assert metadata["ss_network_dim"] == "2" and metadata["ss_training_comment"].endswith("; mine")
@@ -39,8 +39,8 @@ def test_a_rank_that_is_enough_leaves_a_layer_as_it_is(tmp_path: Path):
     tensors = lora_tensors(dtype=torch.bfloat16)
     file = write_lora(tmp_path / "a.safetensors", tensors)
     assert main(["--model", str(file), "--save_to", str(tmp_path / "b.safetensors"), "--new_rank", "64"]) == 0
-    found = load_file(tmp_path / "b.safetensors")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+    actual = load_file(tmp_path / "b.safetensors")
+    assert actual.keys() == tensors.keys() and all(torch.equal(actual[key], tensors[key]) for key in tensors)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_every_method_keeps_what_it_promises_and_no_rank_more(method: str, value
         "sv_cumulative": s.cumsum(0) / s.sum(),
         "sv_ratio": -s.roll(-1) / s[0],
     }
-    wanted = -1 / value if method == "sv_ratio" else value
-    assert 1 < rank < 5 and shares[method][rank - 1] > wanted - 1e-9
-    assert shares[method][rank - 2] <= wanted
+    expected = -1 / value if method == "sv_ratio" else value
+    assert 1 < rank < 5 and shares[method][rank - 1] > expected - 1e-9
+    assert shares[method][rank - 2] <= expected
     assert RankRule(1, method, value).rank(s) == 1
     assert RankRule(5, method, value).rank(torch.zeros(5, dtype=torch.float64)) == 1
 
@@ -69,10 +69,10 @@ def test_decompositions_equal_torch_s_svd(out: int, inner: int, rank: int, seed:
     up, down = torch.randn(out, rank, generator=generator), torch.randn(rank, inner, generator=generator)
     product = up.double() @ down.double()
     exact = torch.linalg.svdvals(product)
-    for found in (decompose_product(up, down), decompose(product, most=30)):
-        count = min(len(exact), len(found.s))
-        torch.testing.assert_close(found.s[:count], exact[:count], rtol=1e-6, atol=1e-6 * float(exact[0]))
-        new_down, new_up = found.factors(min(count, rank))
+    for actual in (decompose_product(up, down), decompose(product, most=30)):
+        count = min(len(exact), len(actual.s))
+        torch.testing.assert_close(actual.s[:count], exact[:count], rtol=1e-6, atol=1e-6 * float(exact[0]))
+        new_down, new_up = actual.factors(min(count, rank))
         torch.testing.assert_close((new_up @ new_down).double(), product, rtol=1e-4, atol=1e-5 * float(exact[0]))
 
 

@@ -58,12 +58,12 @@ def write_pictures(folder: Path, scenes: list[Scene], seed: int, freedom: float,
     for index, scene in enumerate(scenes):
         image = draw(scene, random_pose(rng, freedom))
         caption = caption_of(scene, rng)
-        place = folder / f"{index:02d}_{scene.colour}_{scene.figure}_{scene.place}.png"
-        if force or not place.exists():
-            with atomic_write(place) as temporary:
+        path = folder / f"{index:02d}_{scene.colour}_{scene.figure}_{scene.place}.png"
+        if force or not path.exists():
+            with atomic_write(path) as temporary:
                 image.save(temporary, format="PNG")
             written += 1
-        written += write_if_absent(place.with_suffix(".txt"), caption + "\n", force)
+        written += write_if_absent(path.with_suffix(".txt"), caption + "\n", force)
     return written
 
 

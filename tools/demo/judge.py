@@ -28,7 +28,7 @@ class Verdict:
 
 
 def judge(image: Image, place: str | None = None) -> Verdict:
-    """The scene that a picture of 64 x 64 pixels shows; the place is guessed from its border unless it is given."""
+    """The scene that a picture of 64 x 64 pixels shows; the place is guessed from its border when None."""
     pixels = half_pixels(image)
     place = place or nearest_place(pixels)
     ground = place_pixels(place)

@@ -34,7 +34,7 @@ from tools.demo.text_training import TextEncoders, TextTraining, new_clip, new_t
 from tools.demo.tokenizers import save_tokenizers
 from tools.demo.vae_training import VAE_CONFIG, VaeTraining, measure_vae, train_vae
 
-logger = logging.getLogger("pretrain_demo")
+logger = logging.getLogger("tools.demo.pretrain")
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 PREFIXES = {

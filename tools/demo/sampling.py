@@ -47,8 +47,8 @@ def sample(
 
     def guided(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         both = mmdit(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context, pooled).float()
-        wanted, unguided = both.chunk(2)
-        return torch.lerp(unguided, wanted, guidance)
+        conditional, unconditional = both.chunk(2)
+        return torch.lerp(unconditional, conditional, guidance)
 
     latents = integrate(guided, torch.stack(noises), preview_sigmas(steps, shift), "euler")
     return [to_image(pixels) for pixels in vae.decode(denormalize(latents))]

@@ -158,11 +158,11 @@ class T5Objective(nn.Module):
         ids, mask = self.tokenizer(sentences, tokens)
         targets = self.get_buffer("small")[ids]
         hidden = (torch.rand(ids.shape) < self.hidden_words) & (mask == 1)
-        given = ids.masked_fill(hidden, self.tokenizer.inner.unk_token_id)
+        inputs = ids.masked_fill(hidden, self.tokenizer.inner.unk_token_id)
         half = (
             len(sentences) // 2
         )  # half of the sentences with masked padding, half without, as users may choose either
-        rows = torch.cat([encode_t5(model, given[:half], mask[:half]), encode_t5(model, given[half:])])  # [B, L, D]
+        rows = torch.cat([encode_t5(model, inputs[:half], mask[:half]), encode_t5(model, inputs[half:])])  # [B, L, D]
         words = word_shares(targets, mask, self.tokenizer.vocabulary)
         end = rows[torch.arange(len(rows)), mask.sum(1) - 1]  # [B, D]
         tokens_loss = F.cross_entropy(self.token(rows).transpose(1, 2), targets, reduction="none")

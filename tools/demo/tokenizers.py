@@ -67,10 +67,10 @@ def save_tokenizers(folder: Path) -> None:
         "pad_token": END,
         "unk_token": END,
     }
-    place = folder / CLIP_FOLDER
-    write_text(place / "vocab.json", json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")))
-    write_text(place / "merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
-    write_text(place / "tokenizer_config.json", json.dumps(clip_config, indent=1))
+    clip_folder = folder / CLIP_FOLDER
+    write_text(clip_folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")))
+    write_text(clip_folder / "merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
+    write_text(clip_folder / "tokenizer_config.json", json.dumps(clip_config, indent=1))
     from transformers import T5Tokenizer
 
     T5Tokenizer(vocab=t5_vocabulary(), extra_ids=0).save_pretrained(folder / T5_FOLDER)

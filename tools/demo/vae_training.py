@@ -105,9 +105,9 @@ def vae_loss(vae: Vae, images: Tensor, settings: VaeTraining) -> tuple[Tensor, T
     return loss, F.mse_loss(made.detach(), images)
 
 
-def edge_error(made: Tensor, wanted: Tensor) -> Tensor:
+def edge_error(made: Tensor, target: Tensor) -> Tensor:
     """Absolute error of the differences between neighbouring pixels: keeps outlines sharp."""
-    error = made - wanted
+    error = made - target
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
@@ -219,11 +219,11 @@ def psnr(squared_error: Tensor) -> float:
 def measure_vae(vae: Vae, seed: int = 1, pictures: int = 64) -> dict[str, float]:
     """PSNR of scenes and of doodles, and the mean and deviation of scene latents, on pictures not trained on."""
     rng = random.Random(seed)
-    found = {}
+    measures = {}
     with torch.no_grad():
         for name, share in (("scenes", 0.0), ("doodles", 1.0)):
             images = to_tensor([random_picture(rng, share) for _ in range(pictures)])
             mean, _ = vae.encode(images)
-            found[f"psnr_{name}"] = psnr(F.mse_loss(vae.decode(mean), images))
-            found[f"latent_mean_{name}"], found[f"latent_deviation_{name}"] = mean.mean().item(), mean.std().item()
-    return found
+            measures[f"psnr_{name}"] = psnr(F.mse_loss(vae.decode(mean), images))
+            measures[f"latent_mean_{name}"], measures[f"latent_deviation_{name}"] = mean.mean().item(), mean.std().item()
+    return measures
