@@ -56,7 +56,7 @@ def test_growth_of_gpu_memory_counts_from_the_start():
         growth.poll()
     assert growth.growth_mib == 400.0
     nothing = GpuGrowth(lambda: None)
-    nothing.look()
+    nothing.poll()
     assert nothing.growth_mib is None
 
 
