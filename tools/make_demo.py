@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 
 from library.common.files import atomic_write
 from tools.demo.dataset import dataset_toml, prompts_txt, reg_scenes, train_scenes, write_if_absent, write_pictures
-from tools.demo.tokenizers import CLIP_FOLDER, CLIP_G_FOLDER
+from tools.demo.vocabularies import CLIP_FOLDER, CLIP_G_FOLDER
 
 WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
 

@@ -45,7 +45,7 @@ def make_network(
     module, arguments = network_module(settings.module), arguments_of(settings.args)
     if settings.dim_from_weights:
         network, _ = module.create_network_from_weights(
-            1.0, settings.weights, None, encoders, denoiser, neuron_dropout=settings.dropout, **arguments
+            1.0, settings.weights, None, encoders, denoiser, None, False, settings.dropout, **arguments
         )
     else:
         network = module.create_network(

@@ -27,7 +27,7 @@ print(json.dumps(actual))
 
 
 def test_every_tool_tells_its_options_under_its_own_name(tmp_path: Path) -> None:
-    tools = [path.as_posix() for path in sorted(TOOLS.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+    tools = [path.as_posix() for path in sorted(TOOLS.rglob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
     done = subprocess.run(
         [sys.executable, "-c", ASK, *tools], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -31,7 +31,7 @@ from tools.demo.judge import judge
 from tools.demo.sampling import sample, sheet
 from tools.demo.scenes import Scene, random_scene
 from tools.demo.text_training import TextEncoders, TextTraining, new_clip, new_t5, train_text_encoders
-from tools.demo.tokenizers import save_tokenizers
+from tools.demo.vocabularies import save_tokenizers
 from tools.demo.vae_training import VAE_CONFIG, VaeTraining, measure_vae, train_vae
 
 logger = logging.getLogger("tools.demo.pretrain")
