@@ -30,7 +30,7 @@ LOGGED = {"warning", "error", "exception"}
 LISTS = re.compile(r"problem|warning|told|wrong|bad|broken|found|misfit|listing|self$|notes", re.IGNORECASE)
 QUIET = {"info", "debug", "Option", "add_argument", "print", "compile", "search", "sub", "match", "fullmatch", "Phase"}
 # Where a ValueError is caught and told with the option that it is about.
-ASKED = ("library/options/", "library/data/folder_scan.py", "networks/arguments.py", "networks/network_arguments.py")
+ASKED = ("library/options/", "library/data/folder_scan.py", "networks/arguments.py", "networks/lora_arguments.py")
 ENOUGH = 2  # words
 
 
