@@ -45,7 +45,7 @@ def test_a_command_of_the_page_is_understood(command: str):
 
 
 def test_every_benchmark_is_on_the_page():
-    shared = {"__init__", "measuring", "watching", "devices", "job"}
+    shared = {"__init__", "measuring", "process_monitor", "devices", "job"}
     programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - shared
     text = PAGES[0].read_text(encoding="utf-8")
     assert all(f"benchmarks.{name}" in text for name in programs)
