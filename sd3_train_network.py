@@ -22,21 +22,23 @@ def setup_parser() -> argparse.ArgumentParser:
     return build_parser()
 
 
-def read_options(argv: Sequence[str] | None = None) -> ResolvedOptions:
-    """Read the command line (None: this process's own) and its config file; raise SystemExit where there is nothing to train."""
+def read_options(argv: Sequence[str] | None = None) -> ResolvedOptions | int:
+    """Read the command line (None: this process's own) and its config file; return the exit code where there is nothing to train."""
     try:
         options = resolve_options(argv)
         if options.args.output_config:
             print(f"Options written to {write_config(options.as_given)}")
-            raise SystemExit(0)
+            return 0
     except UserError as error:
         print(error.as_text(), file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
     return options
 
 
 # Run as a script, the options are read before torch is imported: --help and mistakes in them answer at once.
 COMMAND_LINE = read_options() if __name__ == "__main__" else None
+if isinstance(COMMAND_LINE, int):
+    sys.exit(COMMAND_LINE)
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ from torch import Tensor, nn
 from library.memory.quantization import quantize
 from library.network_trainer import NetworkTrainer
 from library.preflight.sd3_inspector import Sd3Inspector, mmdit_config
-from library.preflight.settings import network_settings, sd3_settings
+from library.preflight.settings.models import network_settings, sd3_settings
 from library.saving.metadata import FamilyFacts
 from library.saving.text_encoders import encoders_to_save, write_encoders
 from library.sd3.checkpoint import ENCODERS, ModelFiles
@@ -125,7 +127,7 @@ class Sd3NetworkTrainer(NetworkTrainer[ModelFiles, Conditioning]):
         )
         return Sd3Conditioner(
             self.encoders,
-            EncoderUse(self.roles.live, self.roles.trained),
+            EncoderUse(self.texts.roles.live, self.texts.roles.trained),
             ContextSizes.from_files(self.plan.files, args.t5xxl_max_token_length),
             DropoutRates(args.clip_l_dropout_rate, args.clip_g_dropout_rate, args.t5_dropout_rate),
             PositionEmbedding(model, self.device, args.pos_emb_random_crop_rate, scaled),
@@ -152,8 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A run that is told to stop in training saves everything and raises SystemExit with 130 or 143.
     """
+    options = read_options(argv) if COMMAND_LINE is None else COMMAND_LINE
+    if isinstance(options, int):
+        return options
     try:
-        options = read_options(argv) if COMMAND_LINE is None else COMMAND_LINE
         args = options.args
         start_logging(args.console_log_level, args.console_log_file, args.console_log_simple)
         for warning in options.warnings if process_rank() == 0 else ():

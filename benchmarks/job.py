@@ -18,17 +18,12 @@ from library.data.loader import Batch
 from library.distributed.gradients import GradientReducer
 from library.distributed.launch import AcceleratorSettings, make_accelerator
 from library.memory.apply import apply_memory_optimizations
-from library.memory.block_swap import BlockSwapper, swap_limit
+from library.memory.block_swap import BlockSwapper
 from library.options.resolve import resolve_options
 from library.preflight.network import make_network
-from library.preflight.settings import (
-    flow_settings,
-    loss_settings,
-    memory_settings,
-    network_settings,
-    rate_settings,
-    scheduler_settings,
-)
+from library.preflight.settings.models import memory_settings, network_settings
+from library.preflight.settings.plan import rate_settings
+from library.preflight.settings.training import flow_settings, loss_settings, scheduler_settings
 from library.sd3.mmdit import MMDiT
 from library.sd3.mmdit_config import HEAD_SIZE, MMDiTConfig
 from library.training.optimizers import build_optimizer
@@ -160,7 +155,7 @@ def make_job(config: MMDiTConfig, args: argparse.Namespace, shape: Shape, device
     """Model, network, optimizer and loop as the trainer makes them, on `device`."""
     precision = choose_precision(args.mixed_precision, args.full_fp16, args.full_bf16, device)
     model = random_model(config, precision.dtype)
-    settings = memory_settings(args, min(int(args.blocks_to_swap or 0), swap_limit(config.depth)))
+    settings = memory_settings(args, config.depth)
     swapper = apply_memory_optimizations(model, settings, device)
     seed_everything(args.seed or 0)
     network = make_network(network_settings(args), [None] * 3, model).to(device, precision.trained_dtype).train()

@@ -39,7 +39,7 @@ from library.memory.estimator.step_memory import (
 from library.preflight.memory import GAPS, GIB, OWN_SHARE
 from library.preflight.network import make_network
 from library.preflight.optimizer_memory import optimizer_cost
-from library.preflight.settings import network_settings
+from library.preflight.settings.models import network_settings
 from library.sd3.mmdit import MMDiT
 from library.sd3.step_inputs import block_flops, block_of, meta_inputs, stream_tokens
 from library.training.precision import choose_precision

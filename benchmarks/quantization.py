@@ -34,7 +34,7 @@ from benchmarks.measuring import Row, add_common_arguments, compare, other_progr
 from library.memory.apply import MemorySettings, apply_memory_optimizations
 from library.memory.quantization import fp8_matmul_problems
 from library.preflight.network import make_network
-from library.preflight.settings import network_settings
+from library.preflight.settings.models import network_settings
 from library.sd3.checkpoint import locate_parts
 from library.sd3.mmdit import MMDiT
 from library.sd3.models import load_mmdit

@@ -75,9 +75,7 @@ class ToyCodec:
     def decode(self, latents: Tensor) -> Tensor:
         return F.interpolate(latents[:, :3], scale_factor=8)
 
-    def offload(self) -> None: ...
-
-    def unload(self) -> None: ...
+    def release(self, keep_on_cpu: bool) -> None: ...
 
 
 class Unconditional:

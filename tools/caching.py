@@ -43,6 +43,7 @@ def run_cache(
             from sd3_train_network import Sd3NetworkTrainer
 
             trainer = Sd3NetworkTrainer(options.args, options.problems)
+            trainer.start()
             trainer.prepare()
             if options.args.dry_run or options.args.debug_dataset:
                 trainer.show_plan()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from library.caching.fill import EncoderRoles, Processes, fill_latents, fill_texts
+from library.caching.fill import EncoderRoles, Processes, encoder_roles, fill_latents, fill_texts
 from library.caching.latents import LatentCache, LatentCacheSettings, Wrap
 from library.caching.text import TextCache, TextCacheSettings
 from library.common.model_family import LatentCodec, TextEncoders
@@ -18,6 +18,7 @@ from library.data.index import DatasetIndex
 class Texts:
     """The outputs of the encoders that do not run in training. training, validation: None where all of them do."""
 
+    roles: EncoderRoles
     training: TextCache | None
     validation: TextCache | None
     prompts: dict[str, dict[str, Tensor]]  # by the text of a preview prompt
@@ -33,7 +34,8 @@ class Latents:
 
 def cache_texts(
     encoders: TextEncoders,
-    roles: EncoderRoles,
+    trains: Mapping[str, bool],
+    cached: bool,
     index: DatasetIndex,
     prompts: Sequence[str],
     settings: TextCacheSettings,
@@ -41,20 +43,23 @@ def cache_texts(
     processes: Processes,
     wrap: Callable[[Iterable[Sequence[str]]], Iterable[Sequence[str]]],
 ) -> Texts:
-    """Encode every distinct caption and prompt once with the encoders of `roles.ahead`, which are loaded only if something is missing.
+    """Encode every distinct caption and prompt once with the encoders that do not run in training.
 
-    wrap: puts a progress bar around the batches of an encoder.
+    They are loaded only if something is missing. trains: the family's encoders, and whether each is trained. cached: whether outputs
+    of untrained encoders are cached. settings: without their fingerprint. wrap: puts a progress bar around an encoder's batches.
     """
+    roles = encoder_roles(encoders.present, trains, cached)
     if not roles.ahead:
         rows = encoders.precompute(prompts, roles.untrained, batch_size) if prompts else []
-        return Texts(None, None, dict(zip(prompts, rows)))
+        return Texts(roles, None, None, dict(zip(prompts, rows)))
 
     def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
         return encoders.precompute(texts, roles.ahead, batch_size, wrap)
 
+    settings = replace(settings, fingerprint=encoders.fingerprint(roles.ahead))
     training = fill_texts(TextCache(index.training, settings, prompts), encode, processes)
     validation = fill_texts(TextCache(index.validation, replace(settings, variants=None)), encode, processes)
-    return Texts(training, validation, {text: training.of_text(text) for text in prompts})
+    return Texts(roles, training, validation, {text: training.of_text(text) for text in prompts})
 
 
 def cache_latents(

@@ -63,8 +63,5 @@ class LatentCodec(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """The denoiser's latents -> images."""
 
-    def offload(self) -> None:
-        """Release the device's memory between previews; the weights wait on the CPU."""
-
-    def unload(self) -> None:
-        """Release all memory; a later call loads the weights again."""
+    def release(self, keep_on_cpu: bool) -> None:
+        """Release the device's memory, where the VAE is not to stay on it; all memory, unless it is to wait on the CPU."""

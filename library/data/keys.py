@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator
-from pydantic import Field as Valid
+from pydantic import BeforeValidator, Field as Valid
 from pydantic_core import PydanticCustomError
 
 Level = Literal["general", "datasets", "subsets"]

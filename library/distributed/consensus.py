@@ -7,10 +7,16 @@ other waits for its gradients, for ever.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -41,3 +47,12 @@ class Agreement:
         reduced, pending = previous
         pending.wait()
         return [value > 0 for value in reduced.tolist()]
+
+
+def gather(accelerator: Accelerator, items: list[T]) -> list[T]:
+    """The items of all processes, on all processes, in the order of their ranks."""
+    if accelerator.num_processes == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return list(gather_object(items))

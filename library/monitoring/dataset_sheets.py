@@ -76,8 +76,7 @@ def _bytes(pixels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _write_sheet(path: Path, cells: list[tuple[Image, str]]) -> None:
-    from PIL import Image as images
-    from PIL import ImageDraw
+    from PIL import Image as images, ImageDraw
 
     height = CELL + LINES * LINE + GAP
     rows = -(-len(cells) // COLUMNS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from library.flow.loss import RunningLoss, TimestepLosses
 from library.monitoring.async_scalars import AsyncScalars
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics_file import Curves, MetricsFile
-from library.monitoring.trackers import Trackers, TrackingSettings
+from library.monitoring.trackers import Trackers
+from library.training.callback_settings import MetricsSettings
 from library.training.schedulers import Schedule
 from library.training.train_progress import StepReport, TrainProgress
 
@@ -31,18 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NORM_NAMES = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
-
-
-@dataclass(frozen=True)
-class MetricsSettings:
-    """file: of the metrics. config: the options that trackers may show (--log_config); None: no options."""
-
-    file: Path
-    max_steps: int
-    tracking: TrackingSettings
-    max_nonfinite_steps: int = 0  # in a row, before the run stops; 0: it never does
-    has_validation: bool = False
-    config: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)

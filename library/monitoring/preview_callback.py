@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import nn
@@ -14,6 +12,7 @@ from library.monitoring.contact_sheet import PreviewRecord, write_sheet
 from library.monitoring.metrics import RunMetrics
 from library.monitoring.previews import Preview, step_tag
 from library.saving.saver import BackgroundSaver
+from library.training.callback_settings import PreviewSchedule
 from library.training.train_progress import StepReport, TrainProgress
 from networks.network import Network
 
@@ -22,22 +21,6 @@ class PreviewMaker(Protocol):
     """Draws this rank's share of the previews; see Previewer."""
 
     def make(self, tag: str, modules: Sequence[nn.Module]) -> list[Preview]: ...
-
-
-@dataclass(frozen=True)
-class PreviewSchedule:
-    """every_epochs wins over every_steps. sheet: the contact sheet's path."""
-
-    sheet: Path
-    at_first: bool = False  # before the first step of a run that starts at 0
-    every_steps: int | None = None
-    every_epochs: int | None = None
-
-    def step_is_due(self, step: int) -> bool:
-        return not self.every_epochs and bool(self.every_steps) and step % (self.every_steps or 1) == 0
-
-    def epoch_is_due(self, epoch: int) -> bool:
-        return bool(self.every_epochs) and epoch % (self.every_epochs or 1) == 0
 
 
 class Previews:

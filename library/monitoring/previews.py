@@ -23,24 +23,11 @@ from library.common.progress import progress_bar
 from library.common.seeds import preserve_rng_state
 from library.data.prompts import PreviewPrompt
 from library.flow.samplers import Velocity, guided, preview_sigmas, sample
+from library.training.callback_settings import PreviewSettings
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")
 """The conditioning that the model family's `predict` takes."""
-
-
-@dataclass(frozen=True)
-class PreviewSettings:
-    folder: Path  # output_dir
-    name: str  # output_name
-    sampler: str = "euler"
-    rank: int = 0
-    world_size: int = 1
-    max_batch_pixels: int = (
-        0  # guidance predicts with and without the prompt in one batch where both images have no more
-    )
-    latent_channels: int = 16
-    scale_factor: int = 8  # pixels a side of an image for each latent
 
 
 @dataclass(frozen=True)

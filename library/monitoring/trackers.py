@@ -7,16 +7,14 @@ import inspect
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.common.errors import UserError
+from library.training.callback_settings import TrackingSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,31 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 HIDDEN = "***"
-NAMES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "all": ("tensorboard", "wandb")}
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-
-
-@dataclass(frozen=True)
-class TrackingSettings:
-    """names: the trackers. folder: of this run's logs. secrets: words that are hidden from all trackers."""
-
-    names: tuple[str, ...] = ()
-    folder: Path | None = None
-    project: str = "network_train"
-    run_name: str | None = None
-    arguments_file: Path | None = None
-    api_key: str | None = field(default=None, repr=False)
-    secrets: tuple[str, ...] = field(default=(), repr=False)
-
-
-def chosen_trackers(log_with: str | None, logging_dir: str | None) -> tuple[str, ...]:
-    """What --log_with means. TensorBoard without a folder is left out here: the options' checks report it."""
-    return tuple(name for name in NAMES.get(log_with or "", ()) if name != "tensorboard" or logging_dir)
-
-
-def log_folder(logging_dir: str | None, prefix: str | None) -> Path | None:
-    """<logging_dir>/<prefix><time>, one for each run."""
-    return Path(logging_dir) / f"{prefix or ''}{time.strftime('%Y%m%d%H%M%S')}" if logging_dir else None
 
 
 def tracking_problems(settings: TrackingSettings) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from library.common.progress import progress_bar
 from library.common.seeds import StepGenerators
 from library.data.loader import Batch, Loader
 from library.monitoring.metrics import RunMetrics
+from library.training.callback_settings import ValidationSettings
 from library.training.step import BatchLosses
 from library.training.train_progress import StepReport, TrainProgress
 from library.training.validation import validate
@@ -22,25 +22,6 @@ if TYPE_CHECKING:
 
 ValidationLosses = Callable[[Batch, StepGenerators, int], BatchLosses]
 """(batch, generators, timestep) -> the batch's losses."""
-
-
-@dataclass(frozen=True)
-class ValidationSettings:
-    """When validation runs (every how many steps or epochs; neither: after every epoch) and on what."""
-
-    timesteps: Sequence[int]
-    seed: int
-    batches: int  # of one rank, all of them
-    max_batches: int | None = None
-    every_steps: int | None = None
-    every_epochs: int | None = None
-
-    def step_is_due(self, step: int) -> bool:
-        return bool(self.every_steps) and step % (self.every_steps or 1) == 0
-
-    def epoch_is_due(self, epoch: int) -> bool:
-        every = self.every_epochs or (None if self.every_steps else 1)
-        return every is not None and epoch % every == 0
 
 
 class Validation:

@@ -122,6 +122,15 @@ class RunPlan(Generic[Files]):
         """Every (W, H) that is trained or validated on."""
         return sorted({size for d in [*self.index.training, *self.index.validation] for size in d.buckets})
 
+    def image_sizes(self) -> set[Size]:
+        """Every (W, H) that the denoiser will see, those of previews included."""
+        return {*self.sizes(), *((prompt.width, prompt.height) for prompt in self.prompts)}
+
+    def batch_pixels(self) -> int:
+        """Pixels of the largest batch."""
+        datasets = self.index.training
+        return max(w * h * dataset.settings.batch_size for dataset in datasets for w, h in dataset.buckets)
+
     def text(self, accumulation: int) -> str:
         """The dataset table and the run's length, for people."""
         batches, length = self.training.batches_per_epoch, self.length

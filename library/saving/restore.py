@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
 from library.common.errors import UserError
+from library.saving.resume import resume_problems
 from library.saving.state import SavedState, Stateful
 from library.training.schedulers import Schedule
 from library.training.train_progress import TrainProgress
@@ -35,3 +37,32 @@ def override_start(start: TrainProgress, state: SavedState | None, schedule: Sch
         logger.warning("The state is at step %d, but --initial_step or --initial_epoch wins.", state.position.step)
     logger.info("Starting at step %d (epoch %d)", start.step, start.epoch + 1)
     return start
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """Where training begins. state: to resume from. start: of --initial_step or --initial_epoch, which win over the state."""
+
+    state: SavedState | None
+    start: TrainProgress | None
+    max_steps: int | None  # None: the start is the user's, wherever the state is
+    options: Mapping[str, object]  # those that a resumed run must have alike
+    resume: str | None  # as --resume names it
+    folder: str | None  # --output_dir
+
+
+def starting_progress(
+    settings: StartSettings, network: nn.Module, schedule: Schedule, components: Mapping[str, Stateful]
+) -> TrainProgress:
+    """Load the state, if there is one, into the network and the components; return where training begins."""
+    state, progress = settings.state, TrainProgress()
+    if state is not None:
+        problems = resume_problems(
+            state, settings.options, settings.max_steps
+        )  # again: memory options may be chosen since
+        if problems:
+            raise UserError(problems)
+        progress = restore(state, network, components)
+    elif settings.resume:
+        logger.info("--resume auto: there is no state in %s yet; starting anew.", settings.folder)
+    return progress if settings.start is None else override_start(settings.start, state, schedule)

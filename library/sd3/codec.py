@@ -66,14 +66,12 @@ class LatentCodec:
         with onload(self.vae, self.device, self.settings.keep_on_device):
             return self.vae.decode(denormalize(latents))
 
-    def offload(self) -> None:
-        """Move the VAE, if it is loaded, to CPU memory and release its device memory, unless it is to stay."""
-        if self._vae is not None and not self.settings.keep_on_device:
+    def release(self, keep_on_cpu: bool) -> None:
+        """Forget the VAE, or keep it on the CPU; a later call loads or moves it again."""
+        if not keep_on_cpu:
+            self._vae = None
+        elif self._vae is not None and not self.settings.keep_on_device:
             offload_to_cpu(self._vae, self.device)
-
-    def unload(self) -> None:
-        """Release the VAE; a later call loads it again."""
-        self._vae = None
 
 
 def offload_to_cpu(model: nn.Module, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from library.distributed.gradients import GradientReducer
 from library.flow.loss import LossSettings, training_loss
 from library.flow.timesteps import FlowSettings, add_noise, sample_timesteps, sigmas, velocity_target
 from library.training.ema import WeightEma
+from library.training.optimization import Optimization
 from library.training.optimizers import OptimizerBundle
 from library.training.precision import LossScaler
 from library.training.schedulers import Schedule
@@ -210,6 +211,39 @@ class TrainingStep(Generic[C]):
         if self.ema:
             self.ema.update()
         return WeightUpdate(norm, nonfinite, norm_report)
+
+
+class NormClipping(Protocol):
+    """A network whose layers' norms can be clipped."""
+
+    def scale_weight_norms(self, max_norm: float) -> NormReport: ...
+
+
+def build_step(
+    settings: StepSettings,
+    accelerator: Accelerator,
+    model: DiffusionModel[C],
+    optimization: Optimization,
+    network: NormClipping,
+    max_weight_norm: float | None,
+) -> TrainingStep[C]:
+    """One optimizer step of a run. max_weight_norm: to which each layer's change is shrunk after a step; None: not."""
+
+    def clip_norms() -> NormReport:
+        return network.scale_weight_norms(max_weight_norm or 0.0)
+
+    return TrainingStep(
+        settings=settings,
+        accelerator=accelerator,
+        model=model,
+        parameters=optimization.parameters,
+        optimizer=optimization.optimizer,
+        schedule=optimization.schedule,
+        reducer=optimization.reducer,
+        scaler=optimization.scaler,
+        ema=optimization.ema,
+        post_step_hook=clip_norms if max_weight_norm else None,
+    )
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:

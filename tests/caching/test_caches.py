@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from library.caching import files as cache_files
-from library.caching import latents as latent_cache
+from library.caching import files as cache_files, latents as latent_cache
 from library.caching.latents import LatentCache, LatentCacheSettings, posterior_noise
 from library.caching.text import TextCache, TextCacheSettings, refuse_lost_chance
 from library.common.errors import UserError

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from library.caching import files as cache_files
 from library.caching.files import cache_path, missing_files, read_made_from, write_cache

@@ -7,8 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from library.common.errors import UserError
 from library.data.command_line import CommandLineData, data_options

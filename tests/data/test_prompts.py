@@ -7,12 +7,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from library.common.errors import UserError
-from library.data.prompts import PreviewPrompt
-from library.data.prompts import read_prompts as read_prompts_with
+from library.data.prompts import PreviewPrompt, read_prompts as read_prompts_with
 from library.flow.samplers import SAMPLERS
 from library.options.table import BY_NAME
 

@@ -17,7 +17,8 @@ from library.distributed.launch import (
     without_accelerate_plugins,
 )
 from library.options.resolve import resolve_options
-from library.preflight.settings import memory_advice, sharding_options
+from library.preflight.settings.models import memory_advice
+from library.preflight.settings.training import sharding_options
 from library.training.train_progress import TrainProgress
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -23,15 +23,9 @@ from library.options.resolve import resolve_options
 from library.options.table import BY_NAME, OPTIONS
 from library.preflight.plan import plan_run
 from library.preflight.run_length import initial_progress
-from library.preflight.settings import (
-    base_weight_files,
-    checkpoint_settings,
-    flow_settings,
-    length_settings,
-    loss_settings,
-    plan_settings,
-    scheduler_settings,
-)
+from library.preflight.settings.models import base_weight_files, checkpoint_settings
+from library.preflight.settings.plan import length_settings, plan_settings
+from library.preflight.settings.training import flow_settings, loss_settings, scheduler_settings
 from sd3_train_network import Sd3NetworkTrainer, main
 from tests.end_to_end.conftest import ROOT, Workshop
 from tests.end_to_end.option_evidence import ELSEWHERE, IN_METADATA, PEEK, PLANNED, RUN

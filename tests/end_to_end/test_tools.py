@@ -112,7 +112,7 @@ def test_an_encoder_without_a_lora_in_the_file_of_dim_from_weights_is_not_traine
     save_file(kept, tmp_path / "without.safetensors")
     options = {"network_weights": tmp_path / "without.safetensors"}
     run = train(workshop, tmp_path / "run", "--dim_from_weights", "--cache_text_encoder_outputs", **options)
-    assert run.trainer.roles.trained == run.trainer.roles.live == ["clip_l"]
+    assert run.trainer.texts.roles.trained == run.trainer.texts.roles.live == ["clip_l"]
     assert "clip_g" not in run.trainer.encoders.models
     assert run.moved().keys() == {"te1", "unet"}
     assert "has no LoRA for textencoder 2: it is not trained." in caplog.text

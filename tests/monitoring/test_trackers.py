@@ -18,11 +18,10 @@ from library.monitoring.metrics_file import Curves, MetricsFile
 from library.monitoring.trackers import (
     Trackers,
     TrackingSettings,
-    chosen_trackers,
-    log_folder,
     tracker_arguments,
     tracking_problems,
 )
+from library.training.callback_settings import chosen_trackers, log_folder
 
 
 def read_lines(path: Path) -> list[dict]:

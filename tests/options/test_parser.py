@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from library.common.errors import UserError
 from library.options.option import Kind, Option, finite, int_or_auto, int_or_float, path

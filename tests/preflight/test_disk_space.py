@@ -24,7 +24,7 @@ from library.preflight.disk_space import (
     space_problems,
 )
 from library.preflight.run_length import RunLength
-from library.preflight.settings import (
+from library.preflight.settings.plan import (
     latent_cache_settings,
     optimizer_settings,
     output_settings,

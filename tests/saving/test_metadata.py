@@ -18,8 +18,7 @@ from PIL import Image
 from library.common.errors import UserError
 from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import DatasetSettings, SubsetSettings
-from library.saving import metadata as metadata_module
-from library.saving import model_hash
+from library.saving import metadata as metadata_module, model_hash
 from library.saving.dataset_facts import common, datasets_of_file, folders, tag_frequency
 from library.saving.metadata import FamilyFacts, FileMetadata, RunFacts, SaveFacts, as_texts
 from library.saving.model_hash import FileHashes

@@ -4,8 +4,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 from library.common.errors import UserError
