@@ -67,10 +67,9 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
     """A run of sd3_train_network.py, or of another family's script."""
 
     def __init__(self, args: argparse.Namespace, problems: Sequence[str] = ()):
-        """args: resolved options. problems: known mistakes in them, reported with all others."""
+        """args: resolved options. problems: mistakes in them, reported with all others. What the stages leave is declared here."""
         self.args = args
         self.problems = list(problems)
-        # what the stages of `train` leave
         self.tracking: TrackingSettings
         self.accelerator: Accelerator
         self.device: torch.device
@@ -92,7 +91,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         self.optimization: Optimization
 
     def train(self) -> Path | None:
-        """The whole run. Returns the path of the LoRA; None for a dry run."""
+        """Run everything; return the path of the LoRA, None for a dry run."""
         self.start()
         self.prepare()
         if self.args.dry_run or self.args.debug_dataset:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,6 +46,10 @@ class TransformerModel(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The blocks, in the order in which they run."""
         raise NotImplementedError
+
+    def smallest_input(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What `forward` takes for the smallest image, of zeros: processes that share the weights join each other's forwards with it."""
+        raise NotImplementedError(f"{type(self).__name__} names no smallest input, so its weights can't be sharded")
 
 
 class Pointwise(nn.Module):

@@ -9,7 +9,7 @@ sharded model must therefore run the same forward and backward passes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,11 +48,10 @@ class ShardedModel:
         settings: ShardSettings,
         device: torch.device,
         local_sizes: Sequence[int],
-        smallest_input: Callable[[], tuple[Tensor, ...]],
         first_trained: int = 0,
     ):
-        """model: frozen, in host memory; it goes to the device a block at a time. local_sizes: see `mesh_shape`. smallest_input: makes
-        the model's smallest input, on `device`. first_trained: the first block that gets gradients. torch.distributed must be
+        """model: frozen, in host memory; it goes to the device a block at a time. local_sizes: see `mesh_shape`.
+        first_trained: the first block that gets gradients. torch.distributed must be
         running on all processes.
         """
         from torch.distributed.device_mesh import init_device_mesh
@@ -68,7 +67,6 @@ class ShardedModel:
             fully_shard(module, mesh=mesh, reshard_after_forward=settings.reshard_after_forward, offload_policy=policy)
         model.run_block = force_backward(model.run_block, first_trained)
         self.model, self.device, self.group = model, device, mesh.get_group()
-        self.smallest_input = smallest_input
         self.processes = shape[1]
         self.local_bytes = weight_bytes(model)
 
@@ -93,7 +91,7 @@ class ShardedModel:
             hook.remove()
         with torch.no_grad():
             while self._any_rank(False):
-                self.model(*self.smallest_input())
+                self.model(*self.model.smallest_input(self.device))
 
     def _any_rank(self, working: bool) -> bool:
         """Whether any process of the group is about to run a forward."""

@@ -244,6 +244,15 @@ class MMDiT(TransformerModel):
             context, x = self.run_block(index, block, context, x, silu_c)
         return self.unpatchify(self.final_layer(x, silu_c), height, width)
 
+    def smallest_input(self, device: torch.device) -> tuple[Tensor, ...]:
+        config = self.config
+        return (
+            torch.zeros(1, config.in_channels, config.patch_size, config.patch_size, device=device),
+            torch.zeros(1, device=device),
+            torch.zeros(1, 1, config.context_size, device=device, dtype=self.dtype),
+            torch.zeros(1, config.pooled_size, device=device, dtype=self.dtype),
+        )
+
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, height * width, patch * patch * C] -> [B, C, height * patch, width * patch]."""
         patch = self.config.patch_size

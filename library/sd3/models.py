@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.common.errors import UserError
 from library.common.tensor_io import Part, load_tensors
@@ -79,17 +79,6 @@ def empty_mmdit(part: Part) -> MMDiT:
     _raise_if(config.problems(shapes_of(part)), part)
     with torch.device("meta"):
         return MMDiT(config)
-
-
-def smallest_input(model: MMDiT, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The smallest input of `MMDiT.forward`: one image of one patch and one token of text, of zeros."""
-    config = model.config
-    return (
-        torch.zeros(1, config.in_channels, config.patch_size, config.patch_size, device=device),
-        torch.zeros(1, device=device),
-        torch.zeros(1, 1, config.context_size, device=device, dtype=model.dtype),
-        torch.zeros(1, config.pooled_size, device=device, dtype=model.dtype),
-    )
 
 
 def empty_vae(part: Part) -> Vae:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from library.distributed.fsdp import ShardedModel, ShardSettings, mesh_shape, we
 from library.memory.apply import MemorySettings, apply_memory_optimizations
 from library.memory.checkpointing import CheckpointSettings
 from library.sd3.mmdit import MMDiT
-from library.sd3.models import smallest_input
 from tests.sd3.tiny import fill_with_noise, tiny_mmdit_config
 from tests.warm_processes import run_ranks
 
@@ -84,7 +82,7 @@ def _compare(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     for name, (memory, settings, dtype) in CASES.items():
         whole, shared = model_of(memory, dtype, sharded=False), model_of(memory, dtype, sharded=True)
-        sharded = ShardedModel(shared[0], settings, CPU, [2, 2], partial(smallest_input, shared[0], CPU))
+        sharded = ShardedModel(shared[0], settings, CPU, [2, 2])
         a, b = steps(*whole, rank), steps(*shared, rank)
         given, previews = inputs(whole[0], 8, 8), []
         with torch.no_grad(), sharded.join_uneven_inputs():
@@ -107,7 +105,7 @@ def _with_a_block_dropped_out(rank: int) -> bool:
     """The second process's first blocks have nothing trained: it takes part in their backward nevertheless."""
     model, trained = model_of(MemorySettings(checkpointing=RECOMPUTED), torch.float32, sharded=True)
     whole, _ = model_of(MemorySettings(), torch.float32, sharded=False)
-    ShardedModel(model, ShardSettings(), CPU, [2, 2], partial(smallest_input, model, CPU))
+    ShardedModel(model, ShardSettings(), CPU, [2, 2])
     if rank == 1:
         for vector in trained[:2]:
             vector.requires_grad_(False)

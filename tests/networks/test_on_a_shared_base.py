@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from library.common.transformer import call_block
 from library.distributed.fsdp import ShardedModel, ShardSettings
 from library.memory.checkpointing import CheckpointSettings, checkpointed
-from library.sd3.models import smallest_input
 from networks.lora_sd3 import first_block
 from tests.networks.models import tiny_mmdit
 from tests.networks.test_with_memory_savers import NETWORKS, attached, step
@@ -26,8 +24,7 @@ def _work(rank: int, folder: str) -> None:
         whole, shared = tiny_mmdit(depth=3), tiny_mmdit(depth=3)
         plain, network = attached(name, whole), attached(name, shared)
         shared.run_block = checkpointed(call_block, CheckpointSettings(blocks=2), None)
-        smallest = partial(smallest_input, shared, torch.device("cpu"))
-        ShardedModel(shared, ShardSettings(), torch.device("cpu"), [2, 2], smallest, first_block(network.layers))
+        ShardedModel(shared, ShardSettings(), torch.device("cpu"), [2, 2], first_block(network.layers))
         for _ in range(2):
             plain.zero_grad()
             network.zero_grad()
