@@ -75,16 +75,22 @@ def run_train(output_dir: Path) -> int:
 def run_tests(pytest_arguments: list[str]) -> int:
     python = environment("requirements-dev.txt")
     scripts = python.parent
+    cores = os.cpu_count() or 1
+    print(f"\nThis takes about {minutes_of_tests(cores)} minutes on {cores} cores, installing not counted.", flush=True)
     step("Lint and format")
     call([scripts / "ruff", "check", "."])
     call([scripts / "ruff", "format", "--check", "."])
     step("Types")
     call([scripts / "mypy"])
     step("Tests")
-    cores = os.cpu_count() or 1
     command = [str(python), "-m", "pytest", "-n", str(min(cores, 8)), "--dist", "worksteal", *pytest_arguments]
     quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # a core for each of the processes
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet}).returncode
+
+
+def minutes_of_tests(cores: int) -> int:
+    """Measured on two cores: a minute for lint and types, and eight minutes of one core for the tests."""
+    return 1 + round(8 / min(cores, 8))
 
 
 def environment(requirements: str) -> Path:
