@@ -45,17 +45,17 @@ def cache_folder(image: str, cache_dir: Path | None) -> str:
 
 def _fitting(name: str, end: str) -> str:
     """The two joined; a name that would be too long for a file is cut and ends in its hash."""
-    room, encoded = LONGEST_NAME - len(end), os.fsencode(name)
-    if len(encoded) <= room:
+    limit, encoded = LONGEST_NAME - len(end), os.fsencode(name)
+    if len(encoded) <= limit:
         return name + end
     mark = hashlib.blake2b(encoded, digest_size=8).hexdigest()
-    return encoded[: room - len(mark) - 1].decode("utf-8", "ignore") + "~" + mark + end
+    return encoded[: limit - len(mark) - 1].decode("utf-8", "ignore") + "~" + mark + end
 
 
 def missing_files(
     items: Sequence[T], path_of: Callable[[T], Path], is_fresh: Callable[[T], bool] | None, threads: int = 4
 ) -> list[T]:
-    """The items whose cache file is not there, or is stale; without `is_fresh` every file that is there is trusted.
+    """The items whose cache file is not there, or is stale; without `is_fresh` every file that is there counts.
 
     Each folder is listed once, so that files that are not there cost nothing more.
     """
@@ -67,10 +67,10 @@ def missing_files(
     chunks = [range(start, min(start + HEADERS_AT_ONCE, len(items))) for start in range(0, len(items), HEADERS_AT_ONCE)]
 
     def look(chunk: Iterable[int]) -> list[T]:
-        return [items[place] for place in chunk if not (there[place] and is_fresh(items[place]))]
+        return [items[index] for index in chunk if not (there[index] and is_fresh(items[index]))]
 
     with ThreadPoolExecutor(threads) as pool:
-        return [item for found in pool.map(look, chunks) for item in found]
+        return [item for stale in pool.map(look, chunks) for item in stale]
 
 
 def _names(folder: Path) -> set[str]:
@@ -82,33 +82,33 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-def write_cache(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, Any]) -> None:
+def write_cache(path: Path, tensors: Mapping[str, Tensor], cache_key: Mapping[str, Any]) -> None:
     """Write atomically. UserError where the folder cannot be written or the disk is full; what was written before stays whole."""
     try:
-        save_safetensors(path, tensors, {"made_from": canonical(made_from)})
+        save_safetensors(path, tensors, {"made_from": canonical(cache_key)})
     except OSError as error:
         raise UserError(_write_problem(path, error)) from error
 
 
-def read_made_from(path: Path) -> dict[str, Any] | None:
-    """What a cache file says it was made from; None if there is no such file or it is not one of ours."""
+def read_cache_key(path: Path) -> dict[str, Any] | None:
+    """The cache key that a file records: what it was made from. None if there is no such file or it is not one of ours."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), "pt") as file:
-            found = json.loads((file.metadata() or {})["made_from"])
+            key = json.loads((file.metadata() or {})["made_from"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return key if isinstance(key, dict) else None
 
 
-def read_cache(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of a cache file whose names are wanted; no others are read."""
+def read_cache(path: Path, is_needed: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a cache file whose names are needed; no others are read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (it is no dict)
+            return {name: file.get_tensor(name) for name in file.keys() if is_needed(name)}  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: this cache file cannot be read ({error}). Delete it; it will be made again."
@@ -132,11 +132,11 @@ def check_writable(folders: set[Path]) -> list[str]:
     return problems
 
 
-def room_problems(needed: Mapping[Path, int]) -> list[str]:
+def space_problems(needed: Mapping[Path, int]) -> list[str]:
     """Problems with disks that have less room than the caches to be made there. needed: bytes by folder."""
     by_disk: dict[int, tuple[Path, int]] = {}
     for folder, size in needed.items():
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
         first, total = by_disk.get(existing.stat().st_dev, (existing, 0))
         by_disk[existing.stat().st_dev] = (first, total + size)
     return [

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
-from library.caching.latents import EncodeImages, LatentCache, Wrap
+from library.caching.latents import EncodeImages, LatentCache, Progress
 from library.caching.text import EncodeCaptions, TextCache
 from library.common.errors import UserError
 from library.data.prompts import PreviewPrompt
 
+Item = TypeVar("Item")
+
 TEXTS_AT_ONCE = 1024  # captions whose outputs wait in host memory while the encoders take turns
+
+
+class Cache(Protocol[Item]):
+    """What the two caches have in common."""
+
+    def missing(self) -> list[Item]: ...
+
+    def check(self, missing: Sequence[Item], /) -> list[str]: ...
+
+    def share(self, missing: Sequence[Item], rank: int, processes: int, /) -> list[Item]: ...
 
 
 class Processes(Protocol):
@@ -28,20 +40,20 @@ class Processes(Protocol):
 
 @dataclass(frozen=True)
 class EncoderRoles:
-    """When each text encoder that there is speaks."""
+    """When each of the text encoders encodes."""
 
     trained: list[str]
-    live: list[str]  # in every step: the trained ones, and the others where outputs are not cached
-    ahead: list[str]  # before training, for the cache
+    live: list[str]  # those that encode in every step: the trained ones, and the others where outputs are not cached
+    precomputed: list[str]  # before training, for the cache
 
     @property
     def untrained(self) -> list[str]:
-        """Those whose words on a prompt stay the same for the whole run."""
-        return self.ahead + [name for name in self.live if name not in self.trained]
+        """Those whose outputs for a prompt stay the same for the whole run."""
+        return self.precomputed + [name for name in self.live if name not in self.trained]
 
 
 def encoder_roles(present: Sequence[str], trains: Mapping[str, bool], cached: bool) -> EncoderRoles:
-    """present: the encoders that there are, in order. cached: whether the outputs of untrained ones are made ahead."""
+    """present: the encoders that the files hold, in order. cached: whether outputs of untrained ones are made before training."""
     trained = [name for name in present if trains[name]]
     live = trained if cached else list(present)
     return EncoderRoles(trained, live, [name for name in present if name not in live])
@@ -55,13 +67,13 @@ def texts_of_prompts(prompts: Sequence[PreviewPrompt]) -> list[str]:
 def fill_texts(cache: TextCache, encode: EncodeCaptions, processes: Processes) -> TextCache:
     """Make what is missing. `encode` is called only where this process has something to encode."""
     for share in _shares(cache, processes):
-        if share or cache.missing_further():
+        if share or cache.missing_extra_prompts():
             cache.fill(share, encode, TEXTS_AT_ONCE)
     return cache
 
 
 def fill_latents(
-    cache: LatentCache, encode: EncodeImages, batch_size: int, progress: Wrap, processes: Processes
+    cache: LatentCache, encode: EncodeImages, batch_size: int, progress: Progress, processes: Processes
 ) -> LatentCache:
     """Make what is missing. `encode` is called only where this process has something to encode."""
     for share in _shares(cache, processes):
@@ -70,9 +82,9 @@ def fill_latents(
     return cache
 
 
-def _shares(cache: TextCache | LatentCache, processes: Processes) -> Iterator[list[Any]]:
+def _shares(cache: Cache[Item], processes: Processes) -> Iterator[list[Item]]:
     """What this process has to make of a cache: its share, then what is still missing (the machines may share no disk)."""
-    missing: list[Any] = cache.missing()
+    missing = cache.missing()
     problems = cache.check(missing)
     if problems:
         raise UserError(problems)

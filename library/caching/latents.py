@@ -6,15 +6,14 @@ own latents, and with masks the mask at latent size goes along.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,51 +23,49 @@ from library.caching.files import (
     cache_folder,
     cache_path,
     check_writable,
-    content_hash,
     missing_files,
     read_cache,
-    read_made_from,
-    room_problems,
+    read_cache_key,
+    space_problems,
     write_cache,
 )
+from library.caching.latent_entry import (
+    NO_TIMES,
+    Entry,
+    Key,
+    cache_key,
+    cache_kind,
+    content_hashes,
+    posterior_noise,
+)
 from library.common.errors import UserError
-from library.data.augment import frozen_chance
-from library.data.buckets import cover
+from library.data.augment import uncacheable_augmentations
+from library.data.dataset import IndexedDataset
 from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR, Pixels, read_pixels, shrink_mask, to_tensor
-from library.data.records import ImageRecord, IndexedDataset
-from library.data.settings import SubsetSettings
 
 logger = logging.getLogger(__name__)
 
 EncodeImages = Callable[[Tensor, Tensor], Tensor]
 """images [B, 3, H, W] float32 in -1..1, noise [B, 16, H / 8, W / 8] -> raw latents: the posterior's mean plus noise times its deviation."""
-Wrap = Callable[[Sequence[Any], str], Any]
-"""(batches, title) -> the batches behind a progress bar."""
+Item = TypeVar("Item")
 WRITERS = 4  # threads
+
+
+class Progress(Protocol):
+    """Puts a progress bar around what is iterated over."""
+
+    def __call__(self, items: Sequence[Item], title: str, /) -> Iterable[Item]: ...
 
 
 @dataclass(frozen=True)
 class LatentCacheSettings:
+    """How latents are cached."""
+
     fingerprint: str  # of the VAE and the dtype it works in
     on_disk: bool = False
     cache_dir: Path | None = None
-    trust: bool = False  # take files that exist without opening them
+    skip_validation: bool = False  # take files that exist without opening them
     skip_bad_images: bool = False  # go on without the images that cannot be decoded
-
-
-Key = tuple[int, int]
-"""Number of the dataset, number of the record in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An image of a dataset, for the cache."""
-
-    key: Key
-    record: ImageRecord
-    subset: SubsetSettings
-    kind: str  # of the cache file: what sets apart the caches of one image
-    flipped: bool  # whether mirrored latents are wanted too
 
 
 class LatentCache:
@@ -85,7 +82,7 @@ class LatentCache:
         for d, dataset in enumerate(datasets):
             for n, record in enumerate(dataset.records):
                 subset, key = dataset.subset_of(record), (d, n)
-                kind = _kind(record, subset)
+                kind = cache_kind(record, subset)
                 known = first.setdefault((record.path, kind), key)
                 if known == key:
                     self.entries[key] = Entry(key, record, subset, kind, subset.flip_aug)
@@ -95,7 +92,7 @@ class LatentCache:
                     self.entries[known] = replace(self.entries[known], flipped=True)
         self.memory: dict[Key, dict[str, Tensor]] = {}
         self.damaged: set[Key] = set()  # without latents: they cannot be decoded, and that is to be passed over
-        self.frozen = frozen_chance(datasets)
+        self.uncacheable = uncacheable_augmentations(datasets)
 
     @property
     def on_disk(self) -> bool:
@@ -110,26 +107,26 @@ class LatentCache:
         """latents [16, h, w] float32 and the mask [1, h, w] (None without one)."""
         key = self.same.get((dataset, number), (dataset, number))
         name = "latents_flipped" if flipped else "latents"
-        found = self.memory.get(key)
-        if found is None:
+        tensors = self.memory.get(key)
+        if tensors is None:
             path = self._path(self.entries[key])
-            found = read_cache(path, lambda there: there in (name, "mask"))
-            if name not in found:
+            tensors = read_cache(path, lambda stored: stored in (name, "mask"))
+            if name not in tensors:
                 raise UserError(f"{path}: it holds no {name}. Run once without --skip_cache_check to make it again.")
-        mask = found.get("mask")
-        return found[name], mask.flip(-1) if mask is not None and flipped else mask
+        mask = tensors.get("mask")
+        return tensors[name], mask.flip(-1) if mask is not None and flipped else mask
 
     def missing(self) -> list[Entry]:
         """The images whose latents are not there, or are stale."""
         entries = [entry for entry in self.entries.values() if entry.key not in self.damaged]
         if not self.settings.on_disk:
             return [entry for entry in entries if entry.key not in self.memory]
-        return missing_files(entries, self._path, None if self.settings.trust else self._is_fresh)
+        return missing_files(entries, self._path, None if self.settings.skip_validation else self._is_fresh)
 
     def check(self, missing: Sequence[Entry]) -> list[str]:
         """Problems that would stop `fill`: chance that would be lost, folders that cannot be written, too little room."""
         needed = self.bytes_needed(missing)
-        return self.frozen or check_writable(set(needed)) or room_problems(needed)
+        return self.uncacheable or check_writable(set(needed)) or space_problems(needed)
 
     def bytes_needed(self, missing: Sequence[Entry]) -> dict[Path, int]:
         """What the files to be made take in each folder."""
@@ -148,7 +145,7 @@ class LatentCache:
         return list(missing[rank::processes] if self.settings.on_disk else missing)
 
     def fill(
-        self, missing: Sequence[Entry], encode: EncodeImages, batch_size: int, wrap: Wrap, workers: int = 4
+        self, missing: Sequence[Entry], encode: EncodeImages, batch_size: int, progress: Progress, workers: int = 4
     ) -> None:
         """Encode the missing images, batches of one size at a time; threads decode ahead and write behind.
 
@@ -160,10 +157,10 @@ class LatentCache:
         writing: list[Future[None]] = []
         with ThreadPoolExecutor(max(1, workers)) as pool, ThreadPoolExecutor(WRITERS) as writers:
             ahead = _ahead(pool, batches, depth=max(2, workers // max(1, batch_size)) + 1)
-            for batch in wrap(batches, "Caching latents"):
+            for batch in progress(batches, "Caching latents"):
                 done = list(zip(batch, next(ahead)))
-                damaged.update({entry.key: found for entry, found in done if isinstance(found, UserError)})
-                readable = [(entry, found) for entry, found in done if isinstance(found, Pixels)]
+                damaged.update({entry.key: error for entry, error in done if isinstance(error, UserError)})
+                readable = [(entry, pixels) for entry, pixels in done if isinstance(pixels, Pixels)]
                 made = self._encode(readable, encode) if readable else []
                 _wait(writing)  # for the batch before: no more than one waits in memory
                 writing = [writers.submit(self._keep, entry, tensors) for entry, tensors in made]
@@ -204,85 +201,30 @@ class LatentCache:
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise UserError(f"{entry.record.path}: its latents are not finite. Use --no_half_vae, or remove the image.")
         if self.settings.on_disk:
-            write_cache(self._path(entry), tensors, self._made_from(entry, *_contents(entry.record)))
+            key = cache_key(entry, *content_hashes(entry.record), self.settings.fingerprint)
+            write_cache(self._path(entry), tensors, key)
         else:
             self.memory[entry.key] = tensors
 
     def _path(self, entry: Entry) -> Path:
         return cache_path(entry.record.path, entry.kind, self.settings.cache_dir)
 
-    def _made_from(self, entry: Entry, content: str, mask_content: str) -> dict[str, Any]:
-        record, subset = entry.record, entry.subset
-        mask_size, mask_time = _stamp(record.mask_path)
-        return {
-            "content": content,
-            "file_size": record.file_size,
-            "mtime_ns": record.mtime_ns,
-            "size": list(record.size),
-            "bucket": list(record.bucket),
-            "resized": list(record.resized),
-            "interpolation": subset.resize_interpolation,
-            "face_crop": list(subset.face_crop_aug_range or []),
-            "flipped": entry.flipped,
-            "mask": [Path(record.mask_path).name, mask_size] if record.mask_path else subset.alpha_mask,
-            "mask_content": mask_content,
-            "mask_mtime_ns": mask_time,
-            "vae": self.settings.fingerprint,
-        }
-
     def _is_fresh(self, entry: Entry) -> bool:
-        """Same sizes and times, or same contents: a copied data set keeps its caches."""
-        found = read_made_from(self._path(entry))
-        if found is None:
+        """Same sizes and times, or same contents: a copied dataset keeps its caches."""
+        recorded = read_cache_key(self._path(entry))
+        if recorded is None:
             return False
-        contents = found.get("content", ""), found.get("mask_content", "")
-        wanted: dict[str, Any] = {"format": FORMAT, **self._made_from(entry, *contents)}
+        contents = recorded.get("content", ""), recorded.get("mask_content", "")
+        expected: dict[str, object] = {"format": FORMAT, **cache_key(entry, *contents, self.settings.fingerprint)}
         if not entry.flipped:
-            wanted["flipped"] = found.get("flipped")  # a mirrored copy more does no harm
-        if found == wanted:
+            expected["flipped"] = recorded.get("flipped")  # a mirrored copy more does no harm
+        if recorded == expected:
             return True
-        if {**found, **NO_TIMES} != {**wanted, **NO_TIMES} or contents != _contents(entry.record):
+        if {**recorded, **NO_TIMES} != {**expected, **NO_TIMES} or contents != content_hashes(entry.record):
             return False
         with suppress(UserError):  # with the new times the next run need not read the image again
-            write_cache(self._path(entry), read_cache(self._path(entry)), wanted)
+            write_cache(self._path(entry), read_cache(self._path(entry)), expected)
         return True
-
-
-NO_TIMES = {"mtime_ns": None, "mask_mtime_ns": None}
-
-
-def posterior_noise(record: ImageRecord, kind: str = "") -> Tensor:
-    """[16, h, w] float32 ~ N(0, 1): of the image alone, so that its latents depend on neither batch nor order nor place."""
-    facts = f"{Path(record.path).name} {record.file_size} {record.bucket} {kind}"
-    seed = int.from_bytes(hashlib.blake2b(facts.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
-    width, height = record.bucket
-    shape = (LATENT_CHANNELS, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _kind(record: ImageRecord, subset: SubsetSettings) -> str:
-    """The bucket, and a mark of what else decides the latents where that is not the default."""
-    width, height = record.bucket
-    mask = Path(record.mask_path).parent.name if record.mask_path else subset.alpha_mask
-    scaled = None if record.resized == cover(record.size, record.bucket) else record.resized
-    facts = (subset.resize_interpolation, subset.face_crop_aug_range, mask, scaled)
-    if not any(facts):
-        return f"{width}x{height}.latents"
-    mark = hashlib.blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=3).hexdigest()
-    return f"{width}x{height}-{mark}.latents"
-
-
-def _contents(record: ImageRecord) -> tuple[str, str]:
-    """Hashes of the image and of its mask file, "" without one."""
-    return content_hash(record.path), content_hash(record.mask_path) if record.mask_path else ""
-
-
-def _stamp(path: str | None) -> tuple[int, int]:
-    """Size in bytes and time in ns of a mask file; zeros without one."""
-    if path is None:
-        return 0, 0
-    status = Path(path).stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _batched(missing: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
@@ -305,10 +247,10 @@ def _ahead(
 ) -> Iterator[list[Pixels | UserError]]:
     """The pixels of each batch, or why an image has none, with up to `depth` batches being decoded ahead."""
     waiting = [[pool.submit(_read, entry) for entry in batch] for batch in batches[:depth]]
-    for place in range(len(batches)):
+    for index in range(len(batches)):
         futures = waiting.pop(0)
-        if place + depth < len(batches):
-            waiting.append([pool.submit(_read, entry) for entry in batches[place + depth]])
+        if index + depth < len(batches):
+            waiting.append([pool.submit(_read, entry) for entry in batches[index + depth]])
         yield [future.result() for future in futures]
 
 

@@ -1,6 +1,6 @@
 """Text encoder outputs made once for each distinct caption: in memory, or in a file beside each image.
 
-An image has one text, or N random variants of it (`--text_cache_variants`), of which each fetch takes one. Further texts (the
+An image has one text, or N random variants of it (`--text_cache_variants`), of which each fetch takes one. Extra prompts (the
 empty caption for dropout, preview prompts) are kept by themselves, so that a run with complete files loads no encoder.
 """
 
@@ -21,13 +21,13 @@ from library.caching.files import (
     check_writable,
     missing_files,
     read_cache,
-    read_made_from,
-    room_problems,
+    read_cache_key,
+    space_problems,
     write_cache,
 )
 from library.common.errors import UserError
 from library.data.captions import CaptionPipeline, is_random, lost_in_variants
-from library.data.records import IndexedDataset
+from library.data.dataset import IndexedDataset
 
 EncodeCaptions = Callable[[Sequence[str]], list[dict[str, Tensor]]]
 """Captions -> one dict of tensors each, on the CPU."""
@@ -42,15 +42,17 @@ class TextCacheSettings:
     seed: int = 0
     on_disk: bool = False
     cache_dir: Path | None = None
-    trust: bool = False
-    bytes_each: int = 0  # of the outputs for one text, so that room on the disk can be checked
+    skip_validation: bool = False  # take files that exist without opening them
+    bytes_each: int = 0  # of the outputs for one text, so that disk space can be checked
 
 
 class TextCache:
     """Outputs for all texts of some datasets. `get` after `fill`."""
 
-    def __init__(self, datasets: Sequence[IndexedDataset], settings: TextCacheSettings, further: Sequence[str] = ()):
-        """further: texts that are wanted beside those of the images."""
+    def __init__(
+        self, datasets: Sequence[IndexedDataset], settings: TextCacheSettings, extra_prompts: Sequence[str] = ()
+    ):
+        """extra_prompts: texts that are needed beside those of the images."""
         self.settings = settings
         self.paths = {
             (d, n): record.path for d, dataset in enumerate(datasets) for n, record in enumerate(dataset.records)
@@ -64,7 +66,7 @@ class TextCache:
             texts += [text for text in dict.fromkeys(self.texts[key]) if text not in texts]
         subsets = [subset.captions for dataset in datasets for subset in dataset.settings.subsets]
         drops = any(s.caption_dropout_rate > 0 or s.caption_dropout_every_n_epochs > 0 for s in subsets)
-        self.further = list(dict.fromkeys([*([""] if drops else []), *further]))
+        self.extra_prompts = list(dict.fromkeys([*([""] if drops else []), *extra_prompts]))
         self.memory: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -73,7 +75,7 @@ class TextCache:
         return self.settings.on_disk
 
     def of_text(self, text: str) -> dict[str, Tensor]:
-        """The outputs of one of the further texts."""
+        """The outputs of one of the extra prompts."""
         return self.memory[text]
 
     def get(self, dataset: int, number: int, variant: int, dropped: bool) -> tuple[str, dict[str, Tensor]]:
@@ -83,15 +85,16 @@ class TextCache:
         if text in self.memory:  # all texts of a cache in memory; the empty caption always
             return text, self.memory[text]
         path = self.paths[dataset, number]
-        place = self.stored[path].index(text)
-        found = read_cache(self._path(path), lambda name: name.partition(SEPARATOR)[2] == (str(place) if place else ""))
-        return text, {name.partition(SEPARATOR)[0]: tensor for name, tensor in found.items()}
+        index = self.stored[path].index(text)
+        mark = str(index) if index else ""
+        tensors = read_cache(self._path(path), lambda name: name.partition(SEPARATOR)[2] == mark)
+        return text, {name.partition(SEPARATOR)[0]: tensor for name, tensor in tensors.items()}
 
     def missing(self) -> list[str]:
         """The images whose outputs are not there, or are stale. Nothing is missing: no reason to load an encoder."""
         if not self.settings.on_disk:
             return [path for path, texts in self.stored.items() if any(text not in self.memory for text in texts)]
-        return missing_files(list(self.stored), self._path, None if self.settings.trust else self._is_fresh)
+        return missing_files(list(self.stored), self._path, None if self.settings.skip_validation else self._is_fresh)
 
     def share(self, missing: Sequence[str], rank: int, processes: int) -> list[str]:
         """What one process makes of files that all have found missing; all of a cache in memory, which is its own.
@@ -105,18 +108,18 @@ class TextCache:
             owners.setdefault(self.stored[path][0], len(owners) % processes)
         return [path for path in missing if owners[self.stored[path][0]] == rank]
 
-    def missing_further(self) -> list[str]:
-        """The further texts that are not there, or are stale. Those that are in files are read into memory."""
-        for text in self.further:
-            path = self._further_path(text)
-            if text not in self.memory and path is not None and read_made_from(path) == self._further_made_from(text):
+    def missing_extra_prompts(self) -> list[str]:
+        """The extra prompts that are not there, or are stale. Those that are in files are read into memory."""
+        for text in self.extra_prompts:
+            path = self._extra_path(text)
+            if text not in self.memory and path is not None and read_cache_key(path) == self._extra_cache_key(text):
                 self.memory[text] = read_cache(path)
-        return [text for text in self.further if text not in self.memory]
+        return [text for text in self.extra_prompts if text not in self.memory]
 
     def check(self, missing: Sequence[str]) -> list[str]:
         """Problems that would stop `fill`: folders that cannot be written, disks with too little room."""
         needed = self.bytes_needed(missing)
-        return check_writable(set(needed)) or room_problems(needed)
+        return check_writable(set(needed)) or space_problems(needed)
 
     def bytes_needed(self, missing: Sequence[str]) -> dict[Path, int]:
         """What the files to be made take in each folder."""
@@ -127,13 +130,13 @@ class TextCache:
         return {Path(folder): size for folder, size in needed.items()}
 
     def fill(self, missing: Sequence[str], encode: EncodeCaptions, chunk: int = 1024) -> None:
-        """Encode each distinct text of the missing images once, `chunk` texts a call, and the further texts that are missing."""
-        further = self.missing_further()
-        for text, found in zip(further, encode(further) if further else []):
-            self.memory[text] = found
-            path = self._further_path(text)
+        """Encode each distinct text of the missing images once, `chunk` texts a call, and the extra prompts that are missing."""
+        extra = self.missing_extra_prompts()
+        for text, outputs in zip(extra, encode(extra) if extra else []):
+            self.memory[text] = outputs
+            path = self._extra_path(text)
             if path is not None:
-                write_cache(path, found, self._further_made_from(text))
+                write_cache(path, outputs, self._extra_cache_key(text))
         if not self.settings.on_disk:
             todo = list(dict.fromkeys(text for image in missing for text in self.stored[image]))
             todo = [text for text in todo if text not in self.memory]
@@ -143,9 +146,9 @@ class TextCache:
             return
         for group in self._grouped(missing, chunk):
             distinct = list(dict.fromkeys(text for image in group for text in self.stored[image]))
-            outputs = dict(zip(distinct, encode(distinct)))
+            encoded = dict(zip(distinct, encode(distinct)))
             with ThreadPoolExecutor(WRITERS) as pool:  # waiting for the disk takes longer than writing
-                list(pool.map(self._write, group, [outputs] * len(group)))
+                list(pool.map(self._write, group, [encoded] * len(group)))
 
     def _grouped(self, missing: Sequence[str], chunk: int) -> list[list[str]]:
         """Images in groups of about `chunk` texts; images that share their texts are in one group."""
@@ -160,12 +163,12 @@ class TextCache:
             seen |= set(self.stored[image])
         return groups
 
-    def _write(self, image: str, found: dict[str, dict[str, Tensor]]) -> None:
+    def _write(self, image: str, encoded: dict[str, dict[str, Tensor]]) -> None:
         tensors = {}
-        for place, text in enumerate(self.stored[image]):
-            mark = f"{SEPARATOR}{place}" if place else ""
-            tensors.update({f"{name}{mark}": tensor for name, tensor in found[text].items()})
-        write_cache(self._path(image), tensors, self._made_from(image))
+        for variant, text in enumerate(self.stored[image]):
+            mark = f"{SEPARATOR}{variant}" if variant else ""
+            tensors.update({f"{name}{mark}": tensor for name, tensor in encoded[text].items()})
+        write_cache(self._path(image), tensors, self._cache_key(image))
 
     def _texts_of(self, dataset: IndexedDataset, number: int) -> list[str]:
         record = dataset.records[number]
@@ -178,29 +181,29 @@ class TextCache:
     def _path(self, image: str) -> Path:
         return cache_path(image, "text", self.settings.cache_dir)
 
-    def _further_path(self, text: str) -> Path | None:
+    def _extra_path(self, text: str) -> Path | None:
         """Where a text that belongs to no image is kept: in cache_dir, or beside the first image."""
         first = next(iter(self.paths.values()), None)
         if not self.settings.on_disk or first is None:
             return None
         return (self.settings.cache_dir or Path(first).parent) / f"further-{_digest(text)}.text.safetensors"
 
-    def _made_from(self, image: str) -> dict[str, object]:
+    def _cache_key(self, image: str) -> dict[str, object]:
         return {"captions": [_digest(text) for text in self.stored[image]], "encoders": self.settings.fingerprint}
 
-    def _further_made_from(self, text: str) -> dict[str, object]:
+    def _extra_cache_key(self, text: str) -> dict[str, object]:
         return {"format": FORMAT, "captions": [_digest(text)], "encoders": self.settings.fingerprint}
 
     def _is_fresh(self, image: str) -> bool:
-        return read_made_from(self._path(image)) == {"format": FORMAT, **self._made_from(image)}
+        return read_cache_key(self._path(image)) == {"format": FORMAT, **self._cache_key(image)}
 
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def refuse_lost_chance(datasets: Sequence[IndexedDataset], variants: int | None) -> None:
-    """UserError where caching would lose what a subset wants to be random. Dropout of whole captions works with caches."""
+def check_cacheable(datasets: Sequence[IndexedDataset], variants: int | None) -> None:
+    """Raise UserError where caching would lose what a subset has random. Dropout of whole captions works with caches."""
     always_kept = ("caption_dropout_rate", "caption_dropout_every_n_epochs")
     problems = []
     for subset in {subset.name: subset for dataset in datasets for subset in dataset.settings.subsets}.values():

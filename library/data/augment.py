@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from library.data.records import IndexedDataset
+from library.data.dataset import IndexedDataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ def apply_gamma(image: Image, gamma: float) -> Image:
     return image.point(table * 3)
 
 
-def frozen_chance(datasets: Sequence[IndexedDataset]) -> list[str]:
+def uncacheable_augmentations(datasets: Sequence[IndexedDataset]) -> list[str]:
     """A problem for each subset whose images are meant to differ from fetch to fetch, which one latent an image would lose."""
     problems = []
     for subset in {subset.name: subset for dataset in datasets for subset in dataset.settings.subsets}.values():

@@ -1,7 +1,7 @@
 """Which images are trained together, and when: a function of the seed and the epoch alone.
 
 A batch never mixes datasets or buckets. The order does not depend on workers, and the processes' shares are disjoint and
-complete: process r of n takes batches r, r + n, …. Where the last round is short, a process gets a filler: a batch of weight
+complete: process r of n takes batches r, r + n, …. Where the last round is short, a process gets a padding batch of weight
 zero, so that all processes make the same number of steps.
 """
 
@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from library.data.records import IndexedDataset
+from library.data.dataset import IndexedDataset
 from library.data.settings import Size
 
 
@@ -22,7 +22,7 @@ class BatchSpec:
     dataset: int
     bucket: Size
     items: tuple[tuple[int, int], ...]
-    filler: bool = False
+    is_padding: bool = False  # of weight zero: only there to make as many batches as other processes
 
 
 class BatchPlan:
@@ -33,7 +33,7 @@ class BatchPlan:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of one process in one epoch, fillers counted."""
+        """Batches of one process in one epoch, padding counted."""
         return -(-len(self.epoch(0)) // self.world_size)
 
     @property
@@ -47,16 +47,16 @@ class BatchPlan:
         return self._epochs[epoch]
 
     def share(self, epoch: int, rank: int) -> list[BatchSpec]:
-        """One process's batches of an epoch, fillers included."""
+        """One process's batches of an epoch, padding included."""
         batches = self.epoch(epoch)
         own = batches[rank :: self.world_size]
         if len(own) < self.batches_per_epoch:
             last = batches[-1]
-            own.append(BatchSpec(last.dataset, last.bucket, last.items[:1], filler=True))
+            own.append(BatchSpec(last.dataset, last.bucket, last.items[:1], is_padding=True))
         return own
 
     def samples(self, epoch: int) -> list[int]:
-        """Images in each round of batches, summed over the processes; fillers count nothing."""
+        """Images in each round of batches, summed over the processes; padding counts nothing."""
         sizes = [len(batch.items) for batch in self.epoch(epoch)]
         return [sum(sizes[start : start + self.world_size]) for start in range(0, len(sizes), self.world_size)]
 

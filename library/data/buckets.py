@@ -36,7 +36,7 @@ class BucketError(ValueError):
 
 
 class Buckets:
-    """The buckets of one dataset: maps image sizes to fits, remembering those it has worked out."""
+    """The buckets of one dataset: maps image sizes to fits, remembering those of earlier calls."""
 
     def __init__(self, settings: DatasetSettings):
         self.settings = settings
@@ -46,10 +46,10 @@ class Buckets:
     def fit(self, size: Size) -> Fit:
         """The fit of an image of `size` (W, H). Raises BucketError where it is too small or too thin to train on."""
         if size not in self._known:
-            self._known[size] = self._work_out(size)
+            self._known[size] = self._fit(size)
         return self._known[size]
 
-    def _work_out(self, size: Size) -> Fit:
+    def _fit(self, size: Size) -> Fit:
         width, height = size
         if min(size) < SMALLEST_SIDE:
             raise BucketError(f"{width}x{height} is too small to train on (a side is below {SMALLEST_SIDE} pixels)")
@@ -81,23 +81,23 @@ def predefined_sizes(settings: DatasetSettings) -> list[Size]:
     step, low, high = settings.bucket_reso_steps, settings.min_bucket_reso, settings.max_bucket_reso
     area = settings.resolution[0] * settings.resolution[1]
     square = floor_to(math.isqrt(area), step)
-    found = {(square, square)}
+    sizes = {(square, square)}
     for width in range(low, high + 1, step):
         height = min(high, floor_to(area // width, step))
         if height >= low:
-            found |= {(width, height), (height, width)}
-    return sorted(found)
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes)
 
 
 def nearest_size(size: Size, sizes: list[Size]) -> Size:
     """The bucket of just this size, else the one with the nearest log aspect ratio; of equals the larger, then the wider."""
     if size in sizes:
         return size
-    wanted = math.log(size[0] / size[1])
+    aspect = math.log(size[0] / size[1])
 
     def distance(bucket: Size) -> tuple[float, int, int]:
-        # Rounded, because equal distances must not be told apart by the last bit.
-        return (round(abs(math.log(bucket[0] / bucket[1]) - wanted), 9), -bucket[0] * bucket[1], -bucket[0])
+        # Rounded, because equal distances must not differ by the last bit.
+        return (round(abs(math.log(bucket[0] / bucket[1]) - aspect), 9), -bucket[0] * bucket[1], -bucket[0])
 
     return min(sizes, key=distance)
 

@@ -45,7 +45,7 @@ class CaptionPipeline:
         self.warmup_steps = settings.token_warmup_step
         if 0 < settings.token_warmup_step < 1:
             if max_train_steps is None:
-                raise ValueError("token_warmup_step below 1 is a fraction of the run: max_train_steps must be given")
+                raise ValueError("token_warmup_step below 1 is a fraction of the run: max_train_steps is needed")
             self.warmup_steps = math.floor(settings.token_warmup_step * max_train_steps)
 
     def deterministic(self, raw: str) -> str:
@@ -139,7 +139,7 @@ _RANDOM = (
 )
 
 
-def without_chance(settings: CaptionSettings) -> CaptionSettings:
+def deterministic(settings: CaptionSettings) -> CaptionSettings:
     """The settings with every random part off but wildcards: `first_choices` takes those out of the captions themselves."""
     return replace(
         settings,

@@ -72,18 +72,18 @@ def pair(listing: Listing) -> tuple[dict[str, str | None], list[str]]:
     A caption has the image's stem, or the stem without its four last parts (the face coordinates of face_crop_aug_range).
     """
     pairs: dict[str, str | None] = {}
-    twins: list[str] = []
+    duplicate_stems: list[str] = []
     stems: set[str] = set()
     for image in sorted(listing.images):
         stem = image[: image.rindex(".")]
         if stem in stems:
-            twins.append(image)
+            duplicate_stems.append(image)
         stems.add(stem)
-        found = listing.captions.get(stem)
-        if found is None and stem.count("_") >= 4:
-            found = listing.captions.get(stem.rsplit("_", 4)[0])
-        pairs[image] = found[0] if found is not None else None
-    return pairs, twins
+        caption = listing.captions.get(stem)
+        if caption is None and stem.count("_") >= 4:
+            caption = listing.captions.get(stem.rsplit("_", 4)[0])
+        pairs[image] = caption[0] if caption is not None else None
+    return pairs, duplicate_stems
 
 
 def stem_of(name: str) -> str:

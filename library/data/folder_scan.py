@@ -10,7 +10,7 @@ from pathlib import Path
 from library.data import index_cache
 from library.data.folder import Listing, list_folder, pair, stem_of
 from library.data.index_cache import IndexCache, Stamp, forget_stale
-from library.data.scan import Found, Scan, ScanOptions, as_text, in_threads, read_sizes, some
+from library.data.scan import Scan, ScannedImage, ScanOptions, as_text, first_names, in_threads, read_sizes
 from library.data.settings import Size, SubsetSettings
 
 
@@ -25,7 +25,7 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
         return scan
     cache_file = index_cache.cache_path(Path(listing.folder), subset.cache_info, options.cache_dir)
     cache = index_cache.load(cache_file)
-    pairs, twins = pair(listing)
+    pairs, duplicate_stems = pair(listing)
     used = set(pairs.values())
     caption_stamps = {name: stamp for name, stamp in listing.captions.values() if name in used}
     sizes = read_sizes(listing.folder, listing.images, cache, options.workers, scan.bad)
@@ -34,12 +34,12 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
     base = os.path.join(listing.folder, "")
     scan.links += [base + name for name in listing.links]
     for name, caption in pairs.items():
-        if name not in sizes or (caption is not None and caption not in texts):  # told already
+        if name not in sizes or (caption is not None and caption not in texts):  # its problem is in `scan` already
             continue
         stamp, size = sizes[name]
         text = texts[caption][1] if caption is not None else subset.class_tokens or ""
-        scan.images.append(Found(base + name, size, stamp, text))
-    _warn(scan, subset, listing, twins)
+        scan.images.append(ScannedImage(base + name, size, stamp, text))
+    _warn(scan, subset, listing, duplicate_stems)
     _warn_of_captions(scan, subset, pairs, texts)
     if subset.conditioning_data_dir is not None:
         _add_masks(scan, subset, options)
@@ -100,7 +100,7 @@ def read_captions(
     return cache.captions
 
 
-def _warn(scan: Scan, subset: SubsetSettings, listing: Listing, twins: list[str]) -> None:
+def _warn(scan: Scan, subset: SubsetSettings, listing: Listing, duplicate_stems: list[str]) -> None:
     """What is odd about a folder, but no reason to stop."""
     for extension, number in sorted(listing.passed_over.items()):
         scan.warnings.append(
@@ -108,9 +108,9 @@ def _warn(scan: Scan, subset: SubsetSettings, listing: Listing, twins: list[str]
         )
     if not scan.images and not scan.bad:
         scan.warnings.append(f"{subset.name}: there is no image in {listing.folder}.")
-    if twins:
+    if duplicate_stems:
         text = "these have the stem, and so the caption, of an image with another extension"
-        scan.warnings.append(f"{subset.name}: {text}: {some(twins)}.")
+        scan.warnings.append(f"{subset.name}: {text}: {first_names(duplicate_stems)}.")
 
 
 def _warn_of_captions(
@@ -121,11 +121,11 @@ def _warn_of_captions(
     if without:
         instead = f'the class tokens "{subset.class_tokens}"' if subset.class_tokens else "an empty caption"
         scan.warnings.append(
-            f"{subset.name}: {len(without)} images have no {subset.caption_extension} file and get {instead}: {some(without)}."
+            f"{subset.name}: {len(without)} images have no {subset.caption_extension} file and get {instead}: {first_names(without)}."
         )
     empty = [name for name, (_, text) in texts.items() if not text]
     if empty:
-        scan.warnings.append(f"{subset.name}: empty caption files give empty captions: {some(sorted(empty))}.")
+        scan.warnings.append(f"{subset.name}: empty caption files give empty captions: {first_names(sorted(empty))}.")
 
 
 def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None:
@@ -135,7 +135,7 @@ def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None
         return
     cache_file = index_cache.cache_path(Path(listing.folder), subset.cache_info, options.cache_dir)
     cache = index_cache.load(cache_file)
-    expected = {stem_of(found.path) for found in scan.images} | {stem_of(path) for path, _ in scan.bad}
+    expected = {stem_of(image.path) for image in scan.images} | {stem_of(path) for path, _ in scan.bad}
     sizes = read_sizes(listing.folder, listing.images, cache, options.workers, scan.bad)
     index_cache.save(cache_file, cache)
 
@@ -148,19 +148,19 @@ def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None
         if stem in masks:
             problem(f"there are two masks of one stem in {listing.folder}: {masks[stem]} and {name}")
         else:
-            kind = scan.masks_wanted if stem in expected else scan.masks_left_over
+            kind = scan.masks_used if stem in expected else scan.masks_unused
             kind.add(os.path.join(listing.folder, name))
         masks.setdefault(stem, name)
-    for found in scan.images:
-        mask = masks.get(stem_of(found.path))
+    for image in scan.images:
+        mask = masks.get(stem_of(image.path))
         if mask is None:
-            problem(f"{found.path} has no mask of its stem in {listing.folder}")
+            problem(f"{image.path} has no mask of its stem in {listing.folder}")
         elif mask in sizes:
-            found.mask_path = os.path.join(listing.folder, mask)
-            _compare(sizes[mask][1], found, problem)
-    scan.images = [found for found in scan.images if found.mask_path is not None]
+            image.mask_path = os.path.join(listing.folder, mask)
+            _compare(sizes[mask][1], image, problem)
+    scan.images = [image for image in scan.images if image.mask_path is not None]
 
 
-def _compare(size: Size, found: Found, problem: Callable[[str], None]) -> None:
-    if size != found.size:
-        problem(f"the mask {found.mask_path} is {as_text(size)}, but its image is {as_text(found.size)}")
+def _compare(size: Size, image: ScannedImage, problem: Callable[[str], None]) -> None:
+    if size != image.size:
+        problem(f"the mask {image.mask_path} is {as_text(size)}, but its image is {as_text(image.size)}")

@@ -122,13 +122,13 @@ def _tail(file: FileIO, head: bytes) -> bytes:
 
 def _bytes_at(file: FileIO, head: bytes, start: int, length: int) -> bytes:
     """`length` bytes from `start`; raises _Unusual where the file ends before."""
-    found = head[start : start + length]
-    if len(found) < length:
+    data = head[start : start + length]
+    if len(data) < length:
         file.seek(start)
-        found = file.read(length)
-        if len(found) < length:
+        data = file.read(length)
+        if len(data) < length:
             raise _Unusual
-    return found
+    return data
 
 
 # --- PNG (W3C Portable Network Graphics specification, 3rd edition, section 5) ---
@@ -226,14 +226,14 @@ def _webp_size(file: FileIO, head: bytes) -> Size:
 
 def _webp_chunks(file: FileIO, head: bytes, end: int) -> dict[bytes, bytes]:
     """The metadata chunks of a WebP file."""
-    found: dict[bytes, bytes] = {}
+    chunks: dict[bytes, bytes] = {}
     position = 12
     while position + 8 <= end:
         kind, length = struct.unpack("<4sI", _bytes_at(file, head, position, 8))
         if kind in (b"EXIF", b"XMP "):
-            found[kind] = _bytes_at(file, head, position + 8, length)
+            chunks[kind] = _bytes_at(file, head, position + 8, length)
         position += 8 + length + length % 2
-    return found
+    return chunks
 
 
 # --- orientation: EXIF (TIFF 6.0, section 2), else XMP ---

@@ -17,7 +17,7 @@ from torch import Tensor
 from library.common.errors import UserError
 from library.data.augment import change_colors
 from library.data.buckets import cover
-from library.data.records import ImageRecord
+from library.data.dataset import ImageRecord
 from library.data.settings import Size, SubsetSettings
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def face_window(
     scale = rng.uniform(smallest, largest)
     least = cover(record.size, target)
     resized = max(least[0], int(width * scale + 0.5)), max(least[1], int(height * scale + 0.5))
-    place = []
+    corner = []
     for length, side, centre in zip(resized, target, (face[0] * scale, face[1] * scale)):
         start = int(centre) - side // 2
         if subset.random_crop:
@@ -157,8 +157,8 @@ def face_window(
         elif smallest < largest:
             jitter = int(face_size * scale) // 20
             start += rng.randint(-jitter, jitter)
-        place.append(max(0, min(start, length - side)))
-    return resized, (place[0], place[1])
+        corner.append(max(0, min(start, length - side)))
+    return resized, (corner[0], corner[1])
 
 
 def _from_wide(image: Image) -> Image:

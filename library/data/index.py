@@ -13,10 +13,10 @@ from pathlib import Path
 from library.common.errors import UserError
 from library.data.buckets import BucketError, Buckets, Fit
 from library.data.captions import first_choices
+from library.data.dataset import DatasetIndex, ImageRecord, IndexedDataset
 from library.data.folder_scan import scan_folder
 from library.data.metadata_scan import scan_metadata
-from library.data.records import DatasetIndex, ImageRecord, IndexedDataset
-from library.data.scan import Found, Scan, ScanOptions
+from library.data.scan import Scan, ScannedImage, ScanOptions
 from library.data.settings import DatasetSettings, Size, SubsetSettings
 from library.data.split import Identities, held_out, relative_names, validation_settings
 
@@ -29,21 +29,21 @@ DEFAULT_WORKERS = 4
 
 
 @dataclass
-class _Findings:
+class ScanReport:
     """Faults and remarks of all datasets; one fault of one folder that several datasets share is kept once."""
 
     bad: dict[str, str] = field(default_factory=dict)  # path -> reason
     links: set[str] = field(default_factory=set)  # paths of images that are symbolic links
-    masks_wanted: set[str] = field(default_factory=set)
-    masks_left_over: set[str] = field(default_factory=set)
+    masks_used: set[str] = field(default_factory=set)
+    masks_unused: set[str] = field(default_factory=set)
     problems: dict[str, None] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
 
-    def take(self, scan: Scan) -> None:
+    def add(self, scan: Scan) -> None:
         self.bad.update(scan.bad)
         self.links.update(scan.links)
-        self.masks_wanted.update(scan.masks_wanted)
-        self.masks_left_over.update(scan.masks_left_over)
+        self.masks_used.update(scan.masks_used)
+        self.masks_unused.update(scan.masks_unused)
         self.problems.update(dict.fromkeys(scan.problems))
         self.warnings.update(dict.fromkeys(scan.warnings))
 
@@ -65,7 +65,7 @@ def build_index(
     Raises one UserError with every problem of every dataset.
     """
     started = time.perf_counter()
-    with _without_collection():
+    with gc_disabled():
         index = _build(datasets, ScanOptions(workers, cache_dir), skip_bad_images, seed)
     images = sum(len(dataset.records) for dataset in [*index.training, *index.validation])
     logger.info("Indexed %d images in %.1f s", images, time.perf_counter() - started)
@@ -73,27 +73,27 @@ def build_index(
 
 
 def _build(datasets: Sequence[DatasetSettings], options: ScanOptions, skip_bad_images: bool, seed: int) -> DatasetIndex:
-    findings = _Findings()
+    report = ScanReport()
     scans: dict[tuple[object, ...], Scan] = {}
-    records = [_records(settings, options, scans, findings) for settings in datasets]
+    records = [_records(settings, options, scans, report) for settings in datasets]
     scans.clear()
-    for mask in sorted(findings.masks_left_over - findings.masks_wanted):  # several subsets may share a folder of masks
-        findings.problems[f"The mask {mask} belongs to no image."] = None
-    held = [_held_out(*pair, seed, findings) for pair in zip(datasets, records, strict=True)]
-    kept = _kept(datasets, records, held, findings)
-    training = [_training(settings, found) for settings, found in zip(datasets, kept, strict=True)]
-    validation = [_validation(settings, found) for settings, found in zip(datasets, held, strict=True)]
-    if not any(training) and not findings.problems:
+    for mask in sorted(report.masks_unused - report.masks_used):  # several subsets may share a folder of masks
+        report.problems[f"The mask {mask} belongs to no image."] = None
+    held = [_held_out(*pair, seed, report) for pair in zip(datasets, records, strict=True)]
+    kept = _kept(datasets, records, held, report)
+    training = [_training(settings, own) for settings, own in zip(datasets, kept, strict=True)]
+    validation = [_validation(settings, own) for settings, own in zip(datasets, held, strict=True)]
+    if not any(training) and not report.problems:
         reason = "all of them are held out for validation" if any(held) else "no dataset holds one that can be used"
         subsets = [subset for settings in datasets for subset in settings.subsets]
-        places = ", ".join(dict.fromkeys(str(subset.metadata_file or subset.image_dir) for subset in subsets))
-        findings.problems[f"There are no images to train on: {reason}. Looked in {places or 'no folder'}."] = None
-    _raise_or_warn(findings, skip_bad_images)
-    return DatasetIndex([*filter(None, training)], [*filter(None, validation)], list(findings.warnings))
+        sources = ", ".join(dict.fromkeys(str(subset.metadata_file or subset.image_dir) for subset in subsets))
+        report.problems[f"There are no images to train on: {reason}. Looked in {sources or 'no folder'}."] = None
+    _raise_or_warn(report, skip_bad_images)
+    return DatasetIndex([*filter(None, training)], [*filter(None, validation)], list(report.warnings))
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Keep the garbage collector from walking, again and again, the many objects that are made here to stay."""
     enabled = gc.isenabled()
     gc.disable()
@@ -105,7 +105,7 @@ def _without_collection() -> Iterator[None]:
 
 
 def _records(
-    settings: DatasetSettings, options: ScanOptions, scans: dict[tuple[object, ...], Scan], findings: _Findings
+    settings: DatasetSettings, options: ScanOptions, scans: dict[tuple[object, ...], Scan], report: ScanReport
 ) -> list[ImageRecord]:
     """The usable images of a dataset. Folders that another dataset has scanned aren't scanned again."""
     buckets = Buckets(settings)
@@ -114,34 +114,34 @@ def _records(
         key = _scan_key(subset)
         if key not in scans:
             scans[key] = scan_metadata(subset, options) if subset.style == "metadata" else scan_folder(subset, options)
-            findings.take(scans[key])
-        for found in scans[key].images:
+            report.add(scans[key])
+        for image in scans[key].images:
             try:
-                fit = buckets.fit(found.size)
+                fit = buckets.fit(image.size)
             except BucketError as error:
-                findings.bad[found.path] = str(error)
+                report.bad[image.path] = str(error)
             else:
-                records.append(_record(found, fit, subset, number))
+                records.append(_record(image, fit, subset, number))
     if settings.subsets and all(record.is_reg for record in records):
         what = "regularisation images alone" if records else "no image that can be used"
-        findings.warnings[f"{settings.name} holds {what}."] = None
+        report.warnings[f"{settings.name} holds {what}."] = None
     return records
 
 
-def _record(found: Found, fit: Fit, subset: SubsetSettings, number: int) -> ImageRecord:
-    caption = found.text
+def _record(image: ScannedImage, fit: Fit, subset: SubsetSettings, number: int) -> ImageRecord:
+    caption = image.text
     if not subset.captions.enable_wildcard and "\n" in caption:
         caption = caption[: caption.index("\n")]
     return ImageRecord(
-        path=found.path,
-        size=found.size,
-        file_size=found.stamp[0],
-        mtime_ns=found.stamp[1],
+        path=image.path,
+        size=image.size,
+        file_size=image.stamp[0],
+        mtime_ns=image.stamp[1],
         caption=caption,
         subset=number,
         bucket=fit.bucket,
         resized=fit.resized,
-        mask_path=found.mask_path,
+        mask_path=image.mask_path,
         repeats=subset.num_repeats,
         is_reg=subset.is_reg,
         loss_weight=subset.loss_weight,
@@ -157,9 +157,9 @@ def _scan_key(subset: SubsetSettings) -> tuple[object, ...]:
 
 
 def _held_out(
-    settings: DatasetSettings, records: list[ImageRecord], seed: int, findings: _Findings
+    settings: DatasetSettings, records: list[ImageRecord], seed: int, report: ScanReport
 ) -> list[ImageRecord]:
-    """The validation images of a dataset, chosen in each subset alone. Regularisation images are never held out."""
+    """The validation images of a dataset, chosen in each subset alone. Regularization images are never held out."""
     if settings.validation_split == 0:
         return []
     seed = seed if settings.validation_seed is None else settings.validation_seed
@@ -170,7 +170,7 @@ def _held_out(
         chosen += [own[position] for position in sorted(held_out(names, settings.validation_split, seed))]
     if records and not chosen:
         text = f"{settings.name}: validation_split = {settings.validation_split} holds out no image, there are too few."
-        findings.warnings[text] = None
+        report.warnings[text] = None
     return chosen
 
 
@@ -178,39 +178,39 @@ def _kept(
     datasets: Sequence[DatasetSettings],
     records: list[list[ImageRecord]],
     held: list[list[ImageRecord]],
-    findings: _Findings,
+    report: ScanReport,
 ) -> list[list[ImageRecord]]:
     """The images to train on, by dataset: none that any dataset validates on, under whatever path."""
     if not any(held):
         return records
-    identities = Identities(findings.links)
+    identities = Identities(report.links)
     taken = {identities.of(record.path) for chosen in held for record in chosen}
     result = []
-    for settings, found, chosen in zip(datasets, records, held, strict=True):
-        kept = [record for record in found if identities.of(record.path) not in taken]
-        elsewhere = len(found) - len(kept) - len(chosen)
+    for settings, own, chosen in zip(datasets, records, held, strict=True):
+        kept = [record for record in own if identities.of(record.path) not in taken]
+        elsewhere = len(own) - len(kept) - len(chosen)
         if elsewhere:
             text = f"{settings.name}: {elsewhere} images are not trained on, since they are validated on elsewhere."
-            findings.warnings[text] = None
+            report.warnings[text] = None
         result.append(kept)
     return result
 
 
 def _training(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedDataset | None:
-    """The dataset as trained on. Regularisation images are repeated, or left out, so that they are as many as the others."""
+    """The dataset as trained on. Regularization images are repeated, or left out, so that they are as many as the others."""
     own = [record for record in records if not record.is_reg]
-    regularisation = [record for record in records if record.is_reg]
-    wanted = sum(record.repeats for record in own)
+    regularization = [record for record in records if record.is_reg]
+    total = sum(record.repeats for record in own)
     for record, repeats in zip(
-        regularisation, cycled([record.repeats for record in regularisation], wanted), strict=True
+        regularization, cycled([record.repeats for record in regularization], total), strict=True
     ):
         record.repeats = repeats
-    return _dataset(settings, [*own, *(record for record in regularisation if record.repeats)])
+    return _dataset(settings, [*own, *(record for record in regularization if record.repeats)])
 
 
-def cycled(repeats: Sequence[int], wanted: int) -> list[int]:
-    """Repeats of each regularisation image: its own first, then one more each in turn, until the sum is `wanted`."""
-    result, missing = [], wanted
+def cycled(repeats: Sequence[int], total: int) -> list[int]:
+    """Repeats of each regularization image: its own first, then one more each in turn, until the sum is `total`."""
+    result, missing = [], total
     for number in repeats:
         result.append(min(number, missing))
         missing -= result[-1]
@@ -238,16 +238,16 @@ def _dataset(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedDa
     return IndexedDataset(settings, records, dict(sorted(buckets.items())))
 
 
-def _raise_or_warn(findings: _Findings, skip_bad_images: bool) -> None:
+def _raise_or_warn(report: ScanReport, skip_bad_images: bool) -> None:
     """Raise all problems at once. Bad images are one of them, listed with their paths, or a warning if they are skipped."""
-    problems = list(findings.problems)
-    if findings.bad:
-        listed = "".join(f"\n  {path}: {reason}" for path, reason in sorted(findings.bad.items()))
+    problems = list(report.problems)
+    if report.bad:
+        listed = "".join(f"\n  {path}: {reason}" for path, reason in sorted(report.bad.items()))
         if skip_bad_images:
-            findings.warnings[f"{len(findings.bad)} files can't be used and are left out:{listed}"] = None
+            report.warnings[f"{len(report.bad)} files can't be used and are left out:{listed}"] = None
         else:
             problems.append(
-                f"{len(findings.bad)} files can't be used; mend or remove them, or pass --skip_bad_images:{listed}"
+                f"{len(report.bad)} files can't be used; mend or remove them, or pass --skip_bad_images:{listed}"
             )
     if problems:
         raise UserError(problems)

@@ -1,12 +1,11 @@
-"""Batches, ready before they are needed: items are read by workers, in an order that does not depend on how many there are."""
+"""Reads batches ahead of training in worker processes, in an order that does not depend on how many there are."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,63 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.common.errors import UserError
+from library.data.batch import Batch, LatentSource, TextSource, stack_masks, stack_texts
 from library.data.batches import BatchPlan, BatchSpec
 from library.data.captions import CaptionPipeline
+from library.data.dataset import ImageRecord, IndexedDataset
 from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR, read_pixels, shrink_mask, to_tensor
-from library.data.records import ImageRecord, IndexedDataset
 from library.data.settings import Size, SubsetSettings
 
 logger = logging.getLogger(__name__)
-
-
-class LatentSource(Protocol):
-    """Latents made before training, by the number of the dataset and of the record in it."""
-
-    @property
-    def on_disk(self) -> bool: ...
-
-    def is_damaged(self, dataset: int, number: int) -> bool: ...
-
-    def get(self, dataset: int, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]: ...
-
-
-class TextSource(Protocol):
-    """Text encoder outputs made before training, by the number of the dataset and of the record in it."""
-
-    @property
-    def on_disk(self) -> bool: ...
-
-    def get(self, dataset: int, number: int, variant: int, dropped: bool) -> tuple[str, dict[str, Tensor]]: ...
-
-
-@dataclass
-class Batch:
-    """What one process trains on at once. images or latents is None; so is text where captions are encoded live."""
-
-    images: Tensor | None  # [B, 3, H, W] float32 in -1..1
-    latents: Tensor | None  # [B, 16, h, w] float32, raw
-    captions: list[str]
-    text: dict[str, Tensor] | None  # each [B, ...]
-    mask: Tensor | None  # [B, 1, h, w] float32 in 0..1
-    loss_weights: Tensor  # [B]; 0 in a filler, and for an image that is left out
-    preserve: Tensor | None  # [B] bool: differential output preservation
-    network_multiplier: float
-    paths: list[str]
-    size: Size  # (W, H) in pixels
-
-    def tensors(self) -> dict[str, Any]:
-        names = ("images", "latents", "text", "mask", "loss_weights", "preserve")
-        return {name: getattr(self, name) for name in names}
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader where pinning is on."""
-        return replace(self, **{name: _each(value, Tensor.pin_memory) for name, value in self.tensors().items()})
-
-    def to(self, device: torch.device) -> Batch:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return replace(self, **{name: _each(value, move) for name, value in self.tensors().items()})
 
 
 @dataclass(frozen=True)
@@ -86,12 +36,12 @@ class LoaderSettings:
     skip_bad_images: bool = False  # give an image that cannot be decoded no weight, instead of stopping
 
 
-Place = tuple[int, int, BatchSpec]
-"""epoch, number of the batch in this process's share, what it is made of"""
+BatchKey = tuple[int, int, BatchSpec]
+"""Epoch, number of the batch among this process's, and what it is made of."""
 
 
 class BatchReader(Dataset["Batch | UserError"]):
-    """Makes a batch from its place. Picklable, so that workers can be spawned (Windows, macOS)."""
+    """Makes a batch from its key. Picklable, so that workers can be spawned (Windows, macOS)."""
 
     def __init__(
         self,
@@ -107,21 +57,21 @@ class BatchReader(Dataset["Batch | UserError"]):
             for dataset in datasets
         ]
 
-    def __getitem__(self, place: Place) -> Batch | UserError:
-        """What a worker sends: a user's mistake as it is, since torch would wrap a raised one in the worker's traceback."""
+    def __getitem__(self, key: BatchKey) -> Batch | UserError:
+        """What a worker sends: a UserError is returned, since torch would wrap a raised one in the worker's traceback."""
         try:
-            return self.read(place)
+            return self.read(key)
         except UserError as error:
             return error
 
-    def read(self, place: Place) -> Batch:
-        """The batch of a place. UserError names an image that cannot be decoded."""
-        epoch, number, spec = place
+    def read(self, key: BatchKey) -> Batch:
+        """The batch of a key. UserError names an image that cannot be decoded."""
+        epoch, number, spec = key
         step = epoch * self.settings.steps_per_epoch + number // self.settings.accumulation
         items = [self._item(spec.dataset, record, repeat, epoch, step) for record, repeat in spec.items]
         dataset = self.datasets[spec.dataset]
         weights = [
-            0.0 if spec.filler or item.left_out else dataset.records[n].loss_weight
+            0.0 if spec.is_padding or item.left_out else dataset.records[n].loss_weight
             for item, (n, _) in zip(items, spec.items)
         ]
         preserve = torch.tensor([preserves(dataset.subset_of(dataset.records[n])) for n, _ in spec.items])
@@ -131,8 +81,8 @@ class BatchReader(Dataset["Batch | UserError"]):
             images=to_tensor(images) if images else None,
             latents=torch.stack([item.latents for item in items if item.latents is not None]) if not images else None,
             captions=[item.caption for item in items],
-            text=_stack([item.text for item in items]),
-            mask=_stack_masks(masks),
+            text=stack_texts([item.text for item in items]),
+            mask=stack_masks(masks),
             loss_weights=torch.tensor(weights),
             preserve=preserve if bool(preserve.any()) else None,
             network_multiplier=dataset.settings.network_multiplier,
@@ -171,7 +121,7 @@ class BatchReader(Dataset["Batch | UserError"]):
 
 @dataclass
 class _Item:
-    image: Any  # [H, W, 3] uint8 or None
+    image: np.ndarray | None  # [H, W, 3] uint8
     latents: Tensor | None
     mask: Tensor | None  # [1, h, w]
     caption: str
@@ -187,14 +137,14 @@ def _no_latents(record: ImageRecord) -> Tensor:
     return torch.zeros(LATENT_CHANNELS, record.bucket[1] // VAE_SCALE_FACTOR, record.bucket[0] // VAE_SCALE_FACTOR)
 
 
-class PlaceSampler(Sampler[Place]):
+class BatchKeySampler(Sampler[BatchKey]):
     """This process's batches of one epoch from some batch on. Read in the main process."""
 
     def __init__(self, plan: BatchPlan, rank: int):
         self.plan, self.rank = plan, rank
         self.epoch, self.start = 0, 0
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[BatchKey]:
         batches = self.plan.share(self.epoch, self.rank)
         for number in range(self.start, len(batches)):
             yield self.epoch, number, batches[number]
@@ -217,7 +167,7 @@ class Loader:
         reads_latents = latents is None or latents.on_disk
         reads_texts = texts is not None and texts.on_disk
         workers = settings.workers if reads_latents or reads_texts else 0
-        self.sampler = PlaceSampler(plan, settings.rank)
+        self.sampler = BatchKeySampler(plan, settings.rank)
         self.loader: DataLoader[Batch | UserError] = DataLoader(
             BatchReader(plan.datasets, settings, latents, texts),
             batch_size=None,
@@ -234,8 +184,8 @@ class Loader:
         return _raising(iter(self.loader))
 
 
-def _raising(found: Iterable[Batch | UserError]) -> Iterator[Batch]:
-    for batch in found:
+def _raising(results: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    for batch in results:
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -246,22 +196,25 @@ def preserves(subset: SubsetSettings) -> bool:
     return bool(subset.custom_attributes.get("diff_output_preservation"))
 
 
-def _stack(texts: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
-    rows = [text for text in texts if text is not None]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else None
+@dataclass(frozen=True)
+class BucketExamples:
+    """The first batches of a bucket in the first epoch."""
+
+    dataset: int  # its number in the plan
+    bucket: Size
+    batches: list[Batch]  # with images
 
 
-def _stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """[B, 1, h, w]; an image without a mask counts fully. None where no image has one."""
-    known = next((mask for mask in masks if mask is not None), None)
-    if known is None:
-        return None
-    return torch.stack([torch.ones_like(known) if mask is None else mask for mask in masks])
-
-
-def _each(value: Any, change: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: change(tensor) for key, tensor in value.items()}
-    return value
+def bucket_examples(plan: BatchPlan, settings: LoaderSettings, images: int) -> Iterator[BucketExamples]:
+    """For each bucket of each dataset its first batches, until they hold `images` images; one bucket in memory at a time."""
+    reader = BatchReader(plan.datasets, settings, None, None)
+    keys: dict[tuple[int, Size], list[BatchKey]] = {}
+    counts: dict[tuple[int, Size], int] = {}
+    for rank in range(plan.world_size):
+        for number, spec in enumerate(plan.share(0, rank)):
+            bucket = spec.dataset, spec.bucket
+            if not spec.is_padding and counts.get(bucket, 0) < images:
+                keys.setdefault(bucket, []).append((0, number, spec))
+                counts[bucket] = counts.get(bucket, 0) + len(spec.items)
+    for (dataset, size), chosen in sorted(keys.items()):
+        yield BucketExamples(dataset, size, [reader.read(key) for key in chosen])

@@ -14,8 +14,8 @@ from typing import Any
 from library.data import headers, index_cache
 from library.data.captions import joiner
 from library.data.index_cache import Stamp
-from library.data.scan import Found, Scan, ScanOptions, read_sizes, some
-from library.data.settings import SubsetSettings
+from library.data.scan import Scan, ScannedImage, ScanOptions, first_names, read_sizes
+from library.data.settings import Size, SubsetSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Entry:
     image: str
     caption: str
     tags: str
-    size: tuple[int, int] | None  # as the file says; the image's header is what counts
+    size: Size | None  # as the file says; the image's header is what counts
 
 
 def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
@@ -51,7 +51,7 @@ def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
     for image in sorted(sizes):
         text = full_caption(entries[image].caption, entries[image].tags, subset)
         stamp, size = sizes[image]
-        scan.images.append(Found(image, size, stamp, text))
+        scan.images.append(ScannedImage(image, size, stamp, text))
         if os.path.islink(image):
             scan.links.append(image)
     _warn(scan, subset, entries, twice)
@@ -128,9 +128,9 @@ def _entry(where: str, image: Any, fields: Any, scan: Scan) -> Entry | None:
 
 
 def _locate(image: str, subset: SubsetSettings, scan: Scan) -> tuple[str, Stamp] | None:
-    """The absolute path and the stamp of an image; None, told to `scan`, where it isn't there or lies outside image_dir.
+    """The absolute path and the stamp of an image; None, with a problem in `scan`, where there is none or it is outside image_dir.
 
-    A path is relative to image_dir; one that begins with image_dir itself is found too, and so is one without its extension.
+    A path is relative to image_dir; one that begins with image_dir itself is accepted too, and so is one without its extension.
     """
     if subset.image_dir is None:
         if not os.path.isabs(image):
@@ -173,17 +173,19 @@ def _stamp(path: str) -> Stamp | None:
 
 def _warn(scan: Scan, subset: SubsetSettings, entries: dict[str, Entry], twice: list[str]) -> None:
     if twice:
-        scan.warnings.append(f"{subset.name}: named twice, the first entry counts: {some(twice)}.")
+        scan.warnings.append(f"{subset.name}: named twice, the first entry counts: {first_names(twice)}.")
     if not scan.images and not scan.bad and not scan.problems:
         scan.warnings.append(f"{subset.name}: the metadata file names no image.")
-    empty = [found.path for found in scan.images if not found.text]
+    empty = [image.path for image in scan.images if not image.text]
     if empty:
-        scan.warnings.append(f"{subset.name}: neither caption nor tags, so the caption is empty: {some(empty)}.")
-    other = [found.path for found in scan.images if _differs(entries[found.path].size, found.size)]
+        scan.warnings.append(f"{subset.name}: neither caption nor tags, so the caption is empty: {first_names(empty)}.")
+    other = [image.path for image in scan.images if _differs(entries[image.path].size, image.size)]
     if other:
-        scan.warnings.append(f"{subset.name}: image_size is not the size of the file, which counts: {some(other)}.")
+        scan.warnings.append(
+            f"{subset.name}: image_size is not the size of the file, which counts: {first_names(other)}."
+        )
 
 
-def _differs(said: tuple[int, int] | None, found: tuple[int, int]) -> bool:
+def _differs(recorded: Size | None, size: Size) -> bool:
     """Whether a size is another one; turned sides are allowed, as most tools write the size before EXIF orientation."""
-    return said is not None and sorted(said) != sorted(found)
+    return recorded is not None and sorted(recorded) != sorted(size)

@@ -20,8 +20,8 @@ _CHUNK = 256  # files that a thread takes at once
 
 
 @dataclass(slots=True)
-class Found:
-    """An image as it lies on the disk."""
+class ScannedImage:
+    """An image as it is on the disk."""
 
     path: str
     size: Size
@@ -34,11 +34,11 @@ class Found:
 class Scan:
     """What a source holds, and everything that is wrong with it."""
 
-    images: list[Found] = field(default_factory=list)
+    images: list[ScannedImage] = field(default_factory=list)
     links: list[str] = field(default_factory=list)  # paths of images that are symbolic links
     bad: list[tuple[str, str]] = field(default_factory=list)  # path, reason; such an image isn't in `images`
-    masks_wanted: set[str] = field(default_factory=set)  # paths
-    masks_left_over: set[str] = field(default_factory=set)  # paths of masks that none of these images wants
+    masks_used: set[str] = field(default_factory=set)  # paths
+    masks_unused: set[str] = field(default_factory=set)  # paths of masks that belong to none of these images
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -96,7 +96,7 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item], worker
         pool.shutdown(cancel_futures=True)  # Ctrl-C needn't wait for files that nobody has begun to read
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def first_names(names: Sequence[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

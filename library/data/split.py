@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from library.data.captions import without_chance
+from library.data.captions import deterministic
 from library.data.settings import DatasetSettings, SubsetSettings
 
 
 def held_out(names: Sequence[str], share: float, seed: int) -> set[int]:
     """The positions in `names` of round(len * share) names to validate on.
 
-    Names are ranked by a hash of seed and name, so that the choice depends on neither order nor place, is nearly the same after an
+    Names are ranked by a hash of seed and name, so that the choice depends on neither order nor folder, is nearly the same after an
     image is added, and is the same in two datasets that hold the same folder.
     """
     count = math.floor(len(names) * share + 0.5)
@@ -63,7 +63,7 @@ def _validation_subset(subset: SubsetSettings) -> SubsetSettings:
     return replace(
         subset,
         num_repeats=1,
-        captions=without_chance(subset.captions),
+        captions=deterministic(subset.captions),
         color_aug=False,
         flip_aug=False,
         random_crop=False,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from library.common.files import atomic_write, write_text
+from library.data.batch import Batch
 from library.data.batches import BatchPlan
-from library.data.examples import BucketExamples, bucket_examples
-from library.data.loader import Batch, LoaderSettings
+from library.data.loader import BucketExamples, LoaderSettings, bucket_examples
 from library.monitoring.contact_sheet import fitted
 
 if TYPE_CHECKING:

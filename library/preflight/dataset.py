@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.caching.text import refuse_lost_chance
+from library.caching.text import check_cacheable
 from library.common.errors import collect_errors
-from library.data.augment import frozen_chance
+from library.data.augment import uncacheable_augmentations
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.data.index import DatasetIndex, build_index
@@ -45,7 +45,7 @@ def data_problems(settings: DataSettings, index: DatasetIndex) -> list[str]:
         logger.warning(
             "--masked_loss changes nothing: no subset has masks. Give conditioning_data_dir, or alpha_mask for alpha channels."
         )
-    problems = frozen_chance(index.training) if settings.caches_latents else []
+    problems = uncacheable_augmentations(index.training) if settings.caches_latents else []
     if settings.caches_text:
-        collect_errors(problems, lambda: refuse_lost_chance(index.training, settings.text_cache_variants))
+        collect_errors(problems, lambda: check_cacheable(index.training, settings.text_cache_variants))
     return problems

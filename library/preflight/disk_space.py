@@ -15,8 +15,8 @@ from library.caching.latents import LatentCache, LatentCacheSettings
 from library.caching.text import TextCache, TextCacheSettings
 from library.common.errors import UserError
 from library.data.captions import CaptionPipeline
+from library.data.dataset import IndexedDataset
 from library.data.index import DatasetIndex
-from library.data.records import IndexedDataset
 from library.preflight.optimizer_memory import optimizer_cost
 from library.preflight.run_length import RunLength
 from library.saving.names import epochs_between_saves
@@ -86,11 +86,11 @@ def cache_requirements(
     for datasets, variants in ((index.training, texts.variants if texts else None), (index.validation, None)):
         missing = []
         if latents is not None and latents.on_disk:
-            latent_cache = LatentCache(datasets, replace(latents, trust=True))
+            latent_cache = LatentCache(datasets, replace(latents, skip_validation=True))
             missing.append(latent_cache.bytes_needed(latent_cache.missing()))
         if texts is not None and texts.on_disk and texts.bytes_each:
             each = round(texts.bytes_each * _texts_each(datasets, variants, texts.seed))
-            text_cache = TextCache(datasets, replace(texts, bytes_each=each, variants=None, trust=True))
+            text_cache = TextCache(datasets, replace(texts, bytes_each=each, variants=None, skip_validation=True))
             missing.append(text_cache.bytes_needed(text_cache.missing()))
         for folders in missing:
             for folder, size in folders.items():

@@ -210,7 +210,7 @@ class MemoryProfile(Generic[Files]):
 
     def caption_bytes(self, t5_on_cpu: bool) -> int:
         """Caching text: one encoder after another; nothing where captions are encoded in each step."""
-        names = self._on_device(self.roles.ahead, t5_on_cpu)
+        names = self._on_device(self.roles.precomputed, t5_on_cpu)
         return max((self.encoder_weights[name] + self.encoding[name] for name in names), default=0)
 
     def _on_device(self, names: Sequence[str], t5_on_cpu: bool) -> list[str]:

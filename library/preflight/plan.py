@@ -18,11 +18,10 @@ from library.caching.latents import LatentCacheSettings
 from library.caching.text import TextCacheSettings
 from library.common.errors import UserError, collect_errors
 from library.data.batches import BatchPlan
+from library.data.dataset import dataset_fingerprint, table
 from library.data.index import DatasetIndex
 from library.data.prompts import PreviewPrompt, read_prompts
-from library.data.records import dataset_fingerprint
 from library.data.settings import Size
-from library.data.table import table
 from library.flow.loss import LossSettings, check_loss
 from library.flow.samplers import SAMPLERS
 from library.flow.timesteps import FlowSettings, check_flow
@@ -268,7 +267,7 @@ def _caption_bytes(
         return 0
     trains = dict(zip(inspector.encoder_names(), rates.trained_text_encoders))
     roles = encoder_roles(inspector.present_encoders(files), trains, settings.texts is not None)
-    return inspector.caption_bytes(files) if roles.ahead else 0
+    return inspector.caption_bytes(files) if roles.precomputed else 0
 
 
 def _batch_plans(index: DatasetIndex, seed: int, world_size: int) -> tuple[BatchPlan, BatchPlan | None]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
-from library.data.records import DatasetIndex, ImageRecord, IndexedDataset
+from library.data.dataset import DatasetIndex, ImageRecord, IndexedDataset
 from library.data.settings import SubsetSettings
 
 TagFrequency = dict[str, dict[str, int]]

@@ -13,15 +13,17 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from library.caching import files as cache_files, latents as latent_cache
-from library.caching.latents import LatentCache, LatentCacheSettings, posterior_noise
-from library.caching.text import TextCache, TextCacheSettings, refuse_lost_chance
+from library.caching import files as cache_files
+from library.caching import latent_entry
+from library.caching.latent_entry import posterior_noise
+from library.caching.latents import LatentCache, LatentCacheSettings
+from library.caching.text import TextCache, TextCacheSettings, check_cacheable
 from library.common.errors import UserError
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
+from library.data.dataset import IndexedDataset
 from library.data.images import shrink_mask
 from library.data.index import build_index
-from library.data.records import IndexedDataset
 
 
 def folder_of_images(folder: Path, count: int = 5) -> Path:
@@ -74,8 +76,8 @@ def filled_latents(datasets, encoders: Encoders, batch_size: int = 2, **settings
     return cache
 
 
-def filled_texts(datasets, encoders: Encoders, further=(), **settings) -> TextCache:
-    cache = TextCache(datasets, TextCacheSettings(**{"fingerprint": "te", "on_disk": True, **settings}), further)
+def filled_texts(datasets, encoders: Encoders, extra_prompts=(), **settings) -> TextCache:
+    cache = TextCache(datasets, TextCacheSettings(**{"fingerprint": "te", "on_disk": True, **settings}), extra_prompts)
     cache.fill(cache.missing(), encoders.encode_texts)
     return cache
 
@@ -100,9 +102,9 @@ def test_a_second_run_finds_the_files_and_makes_nothing(tmp_path: Path):
     datasets = datasets_of(folder_of_images(tmp_path), caption_dropout_rate=0.5)
     encoders = Encoders()
     filled_latents(datasets, encoders)
-    filled_texts(datasets, encoders, further=["a prompt"])
+    filled_texts(datasets, encoders, extra_prompts=["a prompt"])
     again = Encoders()
-    latents, texts = filled_latents(datasets, again), filled_texts(datasets, again, further=["a prompt"])
+    latents, texts = filled_latents(datasets, again), filled_texts(datasets, again, extra_prompts=["a prompt"])
     assert again.images == 0 and again.texts == []
     assert latents.get(0, 0, False)[0].shape[0] == 16
     assert texts.get(0, 0, 0, dropped=True)[0] == ""  # the empty caption is in a file of its own
@@ -134,7 +136,10 @@ def test_a_replaced_image_another_vae_or_another_crop_is_stale(tmp_path: Path):
     change_image(folder)
     missing = LatentCache(datasets_of(folder), LatentCacheSettings("vae", on_disk=True)).missing()
     assert [Path(entry.record.path).name for entry in missing] == ["0.png"]
-    assert LatentCache(datasets_of(folder), LatentCacheSettings("another", on_disk=True, trust=True)).missing() == []
+    assert (
+        LatentCache(datasets_of(folder), LatentCacheSettings("another", on_disk=True, skip_validation=True)).missing()
+        == []
+    )
 
 
 def test_an_edited_caption_or_another_encoder_is_stale(tmp_path: Path):
@@ -170,7 +175,7 @@ def test_a_copied_dataset_is_read_whole_once_not_at_every_run(tmp_path: Path, mo
     def refuse(path: str) -> str:
         raise AssertionError(f"{path} is read again")
 
-    monkeypatch.setattr(latent_cache, "content_hash", refuse)
+    monkeypatch.setattr(latent_entry, "content_hash", refuse)
     again = LatentCache(datasets_of(tmp_path), settings)
     assert again.missing() == [] and torch.equal(again.get(0, 1, False)[0], cache.get(0, 1, False)[0])
 
@@ -338,7 +343,7 @@ def test_a_replaced_mask_is_stale_and_a_copied_one_is_not(tmp_path: Path):
 def test_a_trusted_file_without_mirrored_latents_is_told(tmp_path: Path):
     folder = folder_of_images(tmp_path)
     filled_latents(datasets_of(folder), Encoders())
-    trusting = filled_latents(datasets_of(folder, flip_aug=True), Encoders(), trust=True)
+    trusting = filled_latents(datasets_of(folder, flip_aug=True), Encoders(), skip_validation=True)
     with pytest.raises(UserError, match="--skip_cache_check"):
         trusting.get(0, 0, True)
 
@@ -355,9 +360,9 @@ def test_several_resolutions_and_twin_stems_have_files_of_their_own(tmp_path: Pa
 def test_variants_are_cached_and_chance_that_would_be_lost_is_refused(tmp_path: Path):
     datasets = datasets_of(folder_of_images(tmp_path), shuffle_caption=True)
     with pytest.raises(UserError, match="shuffle_caption would be lost"):
-        refuse_lost_chance(datasets, None)
-    refuse_lost_chance(datasets, 4)
-    refuse_lost_chance(
+        check_cacheable(datasets, None)
+    check_cacheable(datasets, 4)
+    check_cacheable(
         datasets_of(tmp_path, caption_dropout_rate=0.3), None
     )  # dropout of whole captions works with caches
     cache = filled_texts(datasets, Encoders(), variants=4)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from library.caching import files as cache_files
-from library.caching.files import cache_path, missing_files, read_made_from, write_cache
+from library.caching.files import cache_path, missing_files, read_cache_key, write_cache
 from library.common.errors import UserError
 
 TENSORS = {"latents": torch.zeros(16, 32, 32)}
@@ -35,7 +35,7 @@ def test_an_image_with_the_longest_possible_name_is_cached(tmp_path: Path):
     for folder in (None, tmp_path / "cache"):
         path = cache_path(str(tmp_path / ("é" * 125 + ".png")), "64x64.latents", folder)
         write_cache(path, TENSORS, {"vae": "x"})
-        assert read_made_from(path) == {"format": cache_files.FORMAT, "vae": "x"}
+        assert read_cache_key(path) == {"format": cache_files.FORMAT, "vae": "x"}
 
 
 def test_images_of_one_name_in_two_folders_stay_apart_in_cache_dir(tmp_path: Path):
@@ -109,13 +109,13 @@ def test_a_write_that_the_system_really_refuses_is_told_and_leaves_nothing(tmp_p
 def test_files_of_others_are_nobodys_cache(tmp_path: Path, content: bytes):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    assert read_made_from(path) is None
+    assert read_cache_key(path) is None
     safetensors.torch.save_file(TENSORS, path, {"made_from": "[1]"})
-    assert read_made_from(path) is None
+    assert read_cache_key(path) is None
 
 
 def test_a_cut_cache_file_is_no_cache(tmp_path: Path):
     path = tmp_path / "a.safetensors"
     write_cache(path, TENSORS, {"vae": "x"})
     path.write_bytes(path.read_bytes()[:-10])
-    assert read_made_from(path) is None
+    assert read_cache_key(path) is None

@@ -10,13 +10,13 @@ from hypothesis import given, settings, strategies as st
 
 from library.data.captions import (
     CaptionPipeline,
+    deterministic,
     expand_wildcards,
     first_choices,
     is_random,
     joiner,
     lost_in_variants,
     warm_up_length,
-    without_chance,
 )
 from library.data.settings import CaptionSettings
 
@@ -366,7 +366,7 @@ def test_a_fetch_is_repeatable_from_its_random_state(seed: int, step: int, epoch
 
 def test_validation_captions_have_no_chance_left() -> None:
     random_settings = CaptionSettings(caption_prefix="{p|q}", caption_suffix="{{s}}", keep_tokens=1, **RANDOM_VALUES)
-    calm = without_chance(random_settings)
+    calm = deterministic(random_settings)
     assert is_random(calm) == []
     text = first_choices("{a|b}, c, {{d}}\nsecond line", random_settings)
     assert CaptionPipeline(calm).at(text, random.Random(0), 0, 2) == "p a, c, {d} {s}"

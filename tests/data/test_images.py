@@ -13,8 +13,8 @@ from PIL import Image
 
 from library.common.errors import UserError
 from library.data.augment import HUE_DEGREES, SHARE, apply_gamma, change_colors, turn_hue
+from library.data.dataset import ImageRecord
 from library.data.images import face_window, open_image, read_pixels, resampling
-from library.data.records import ImageRecord
 from library.data.settings import Interpolation, SubsetSettings
 
 PLAIN = SubsetSettings(name="s")

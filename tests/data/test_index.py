@@ -11,10 +11,9 @@ from PIL import Image
 
 from library.common.errors import UserError
 from library.data import headers
+from library.data.dataset import DatasetIndex, batch_count, table
 from library.data.index import build_index, cycled
-from library.data.records import DatasetIndex
 from library.data.settings import DatasetSettings
-from library.data.table import batch_count, table
 from tests.data.folders import dataset, folder, image, subset
 
 

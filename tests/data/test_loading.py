@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from library.data.batch import Batch
 from library.data.batches import BatchPlan
-from library.data.loader import Batch, BatchReader, Loader, LoaderSettings
-from library.data.records import ImageRecord, IndexedDataset
+from library.data.dataset import ImageRecord, IndexedDataset
+from library.data.loader import BatchReader, Loader, LoaderSettings
 from library.data.settings import DatasetSettings, SubsetSettings
 from tests.caching.test_caches import Encoders, datasets_of, filled_latents, filled_texts, folder_of_images
 
@@ -68,10 +69,10 @@ def test_the_processes_shares_are_disjoint_complete_and_equally_long(folder: Pat
     plan = BatchPlan(datasets_of(folder, train_batch_size=2, **TWO_BUCKETS), seed=1, world_size=processes)
     shares = [plan.share(0, rank) for rank in range(processes)]
     assert {len(share) for share in shares} == {plan.batches_per_epoch}
-    items = [item for share in shares for spec in share if not spec.filler for item in spec.items]
+    items = [item for share in shares for spec in share if not spec.is_padding for item in spec.items]
     assert len(items) == len(set(items)) == 14
     rounds = [
-        sum(len(share[i].items) for share in shares if not share[i].filler) for i in range(plan.batches_per_epoch)
+        sum(len(share[i].items) for share in shares if not share[i].is_padding) for i in range(plan.batches_per_epoch)
     ]
     assert rounds == plan.samples(0)
 
@@ -96,7 +97,7 @@ def test_any_plan_is_whole_unmixed_and_evenly_shared(buckets, batch_size: int, p
     plan = BatchPlan([dataset, dataset], seed, processes)
     shares = [plan.share(2, rank) for rank in range(processes)]
     assert {len(share) for share in shares} == {plan.batches_per_epoch}
-    whole = [spec for share in shares for spec in share if not spec.filler]
+    whole = [spec for share in shares for spec in share if not spec.is_padding]
     assert sum(len(share) for share in shares) - len(whole) < processes
     items = Counter((spec.dataset, record) for spec in whole for record, _ in spec.items)
     assert items == {(d, n): count for d in range(2) for n, count in enumerate(repeats)}
@@ -106,7 +107,7 @@ def test_any_plan_is_whole_unmixed_and_evenly_shared(buckets, batch_size: int, p
 
 def test_a_filler_weighs_nothing(folder: Path):
     plan = BatchPlan(datasets_of(folder, train_batch_size=4), seed=1, world_size=3)
-    rank = next(r for r in range(3) if plan.share(0, r)[-1].filler)
+    rank = next(r for r in range(3) if plan.share(0, r)[-1].is_padding)
     last = list(Loader(plan, replace(SETTINGS, rank=rank)).batches(0))[-1]
     assert last.loss_weights.tolist() == [0.0]
 

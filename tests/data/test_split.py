@@ -11,8 +11,8 @@ from hypothesis import given, strategies as st
 
 from library.common.errors import UserError
 from library.data.captions import CaptionPipeline, is_random
+from library.data.dataset import DatasetIndex
 from library.data.index import build_index
-from library.data.records import DatasetIndex
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.split import held_out
 from tests.data.folders import dataset, folder, image, subset

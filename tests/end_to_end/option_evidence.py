@@ -150,7 +150,7 @@ PEEK: dict[str, tuple[str, Peek]] = {
         lambda t: t.texts.training.settings.variants,
     ),
     "cache_dir": ("--cache_dir {out}/cache | --cache_latents_to_disk", lambda t: t.latents.training.settings.cache_dir),
-    "skip_cache_check": ("--skip_cache_check | --cache_latents", lambda t: t.latents.training.settings.trust),
+    "skip_cache_check": ("--skip_cache_check | --cache_latents", lambda t: t.latents.training.settings.skip_validation),
     "validation_seed": ("--validation_seed 3", lambda t: t.validation_seed),
     "fp8_base": ("--fp8_base", lambda t: placement(t).t5_quantization),
     "fp8_base_unet": ("--fp8_base_unet", lambda t: type(qkv(t))),

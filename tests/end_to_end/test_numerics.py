@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoTokenizer
 
-from library.caching.latents import posterior_noise
+from library.caching.latent_entry import posterior_noise
 from library.common.seeds import fold_seed
 from library.sd3.mmdit import MMDiT
 from library.sd3.vae import Vae

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from library.data.batches import BatchPlan
-from library.data.examples import bucket_examples
-from library.data.loader import Loader
+from library.data.loader import Loader, bucket_examples
 from library.monitoring.dataset_sheets import CELL, GAP, PICTURES, write_dataset_sheets
 from tests.caching.test_caches import datasets_of, folder_of_images
 from tests.data.test_loading import CHANCE, SETTINGS, TWO_BUCKETS, equal

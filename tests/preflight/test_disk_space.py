@@ -89,8 +89,8 @@ def test_no_cache_file_is_opened_to_reckon(tmp_path: Path, monkeypatch: pytest.M
     def opened(*given):
         raise AssertionError("a cache file was opened")
 
-    monkeypatch.setattr("library.caching.latents.read_made_from", opened)
-    monkeypatch.setattr("library.caching.text.read_made_from", opened)
+    monkeypatch.setattr("library.caching.latents.read_cache_key", opened)
+    monkeypatch.setattr("library.caching.text.read_cache_key", opened)
     datasets = datasets_of(folder_of_images(tmp_path))
     for path in list((tmp_path / "2_thing").glob("*.png")):
         path.with_name(f"{path.name}.text.safetensors").write_bytes(b"")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from library.common.errors import UserError
-from library.data.records import ImageRecord, IndexedDataset
+from library.data.dataset import ImageRecord, IndexedDataset
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.saving import metadata as metadata_module, model_hash
 from library.saving.dataset_facts import common, datasets_of_file, folders, tag_frequency

@@ -9,7 +9,7 @@ import argparse
 from library.caching.latents import LatentCacheSettings
 from library.caching.text import TextCacheSettings
 from library.data.command_line import CommandLineData
-from library.data.records import dataset_fingerprint
+from library.data.dataset import dataset_fingerprint
 from library.memory.estimator.table import MemoryPlan
 from library.options.values import (
     determining_options,
@@ -124,7 +124,7 @@ def text_cache_settings(
         seed=seed,
         on_disk=args.cache_text_encoder_outputs_to_disk,
         cache_dir=path_or_none(args.cache_dir),
-        trust=args.skip_cache_check,
+        skip_validation=args.skip_cache_check,
         bytes_each=bytes_each,
     )
 
@@ -135,7 +135,7 @@ def latent_cache_settings(args: argparse.Namespace, fingerprint: str = "") -> La
         fingerprint=fingerprint,
         on_disk=args.cache_latents_to_disk,
         cache_dir=path_or_none(args.cache_dir),
-        trust=args.skip_cache_check,
+        skip_validation=args.skip_cache_check,
         skip_bad_images=args.skip_bad_images,
     )
 
