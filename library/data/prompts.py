@@ -182,15 +182,24 @@ class _PromptParser:
         if "sampler" in fields:
             fields["sampler"] = self._sampler(str(fields["sampler"]), where)
         prompt = PreviewPrompt(**fields)  # type: ignore[arg-type]  # _KEYS has each field's type
-        problems = _value_problems(prompt)
-        for problem in problems:
-            self.problems.add(f"{where}: {problem}")
+        self._check_values(prompt, where)
         return replace(
             prompt,
             width=_side(prompt.width),
             height=_side(prompt.height),
             steps=min(1000, max(1, prompt.steps)),
         )
+
+    def _check_values(self, prompt: PreviewPrompt, where: str) -> None:
+        problems = self.problems
+        if _has_surrogates(prompt.prompt + prompt.negative_prompt):
+            problems.add(f"{where}: the text holds half of a character (a \\ud800 to \\udfff alone). Write it whole.")
+        if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
+            problems.add(f"{where}: the seed {prompt.seed} must be 0 or more, and below 2^64.")
+        if prompt.shift <= 0:
+            problems.add(f"{where}: the shift {prompt.shift:g} must be above 0.")
+        if max(prompt.width, prompt.height) > LARGEST_SIDE:
+            problems.add(f"{where}: {prompt.width}x{prompt.height} is too large; {LARGEST_SIDE} pixels a side is the most.")
 
     def _sampler(self, name: str, where: str) -> str | None:
         """The sampler of that name; None for one that is ignored or unknown."""
@@ -199,19 +208,6 @@ class _PromptParser:
         elif name not in self.samplers:
             self.problems.add(f"{where}: sampler {name!r} is not one of {', '.join(self.samplers)}.")
         return self.samplers.get(name)
-
-
-def _value_problems(prompt: PreviewPrompt) -> list[str]:
-    problems = []
-    if _has_surrogates(prompt.prompt + prompt.negative_prompt):
-        problems.append("the text holds half of a character (a \\ud800 to \\udfff alone). Write it whole.")
-    if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
-        problems.append(f"the seed {prompt.seed} must be 0 or more, and below 2^64.")
-    if prompt.shift <= 0:
-        problems.append(f"the shift {prompt.shift:g} must be above 0.")
-    if max(prompt.width, prompt.height) > LARGEST_SIDE:
-        problems.append(f"{prompt.width}x{prompt.height} is too large; {LARGEST_SIDE} pixels a side is the most.")
-    return problems
 
 
 def _integer(value: object) -> int:

@@ -94,6 +94,6 @@ class ModelInspector(ABC, Generic[Files]):
         """Bytes of the text encoders that are to be saved beside the LoRA."""
         return 0
 
-    def memory_parts(self, files: Files) -> MemoryParts | None:
-        """The models for --memory_plan auto and --blocks_to_swap auto; None where the family cannot be planned."""
-        return None
+    def memory_parts(self, files: Files) -> MemoryParts:
+        """The models for --memory_plan auto and --blocks_to_swap auto, which need them defined."""
+        raise NotImplementedError(type(self).__name__)

@@ -27,7 +27,7 @@ from library.memory.estimator.step_memory import (
 )
 from library.memory.estimator.table import Phase
 from library.preflight.disk_space import OptimizerSettings
-from library.preflight.inspector import Files, MemoryParts, ModelInspector
+from library.preflight.inspector import Files, ModelInspector
 from library.preflight.network import NetworkSettings, make_network
 from library.preflight.optimizer_memory import optimizer_cost
 from library.preflight.plan import RunPlan
@@ -67,7 +67,7 @@ class MemoryProfile(Generic[Files]):
         """quantization: how the denoiser's weights are stored; others can be measured later."""
         self.settings, self.plan, self.precision = settings, plan, precision
         self.device_type = "cpu" if device_type == "cpu" and not settings.for_gpu else "cuda"
-        self.parts = memory_parts(inspector, plan.files)
+        self.parts = inspector.memory_parts(plan.files)
         self.names = inspector.encoder_names()
         trains = dict(zip(self.names, plan.rates.trained_text_encoders))
         self.roles = encoder_roles(list(self.parts.encoders), trains, settings.caches_text)
@@ -253,16 +253,6 @@ class MemoryProfile(Generic[Files]):
             phases.append(Phase("previews: the denoiser", resident + self.preview_bytes))
             phases.append(Phase("previews: the VAE", resident + more + self.decode_bytes))
         return phases
-
-
-def memory_parts(inspector: ModelInspector[Files], files: Files) -> MemoryParts:
-    """The family's parts. UserError where it cannot be planned."""
-    parts = inspector.memory_parts(files)
-    if parts is None:
-        raise UserError(
-            "--memory_plan and --blocks_to_swap auto don't know this model. Choose the memory options yourself."
-        )
-    return parts
 
 
 def largest_preview(prompts: Sequence[PreviewPrompt]) -> tuple[int, int]:
