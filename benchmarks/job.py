@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from library.common.errors import UserError
 from library.common.seeds import StepGenerators, seed_everything
-from library.data.loader import Batch
+from library.data.batch import Batch
 from library.distributed.gradients import GradientReducer
 from library.distributed.launch import AcceleratorSettings, make_accelerator
 from library.memory.apply import apply_memory_optimizations

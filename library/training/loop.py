@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
-from library.data.loader import Batch
+from library.data.batch import Batch
 from library.training.train_progress import StepReport, TrainProgress
 
 

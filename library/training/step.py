@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from library.common.seeds import StepGenerators, fold_seed
-from library.data.loader import Batch
+from library.data.batch import Batch
 from library.distributed.gradients import GradientReducer
 from library.flow.loss import LossSettings, training_loss
 from library.flow.timesteps import FlowSettings, add_noise, sample_timesteps, sigmas, velocity_target

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.common.seeds import StepGenerators, fold_seed, preserve_rng_state
-from library.data.loader import Batch
+from library.data.batch import Batch
 from library.training.step import BatchLosses
 
 
