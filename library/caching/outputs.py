@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from library.caching.fill import EncoderRoles, Processes, encoder_roles, fill_latents, fill_texts
-from library.caching.latents import LatentCache, LatentCacheSettings, Wrap
+from library.caching.latents import LatentCache, LatentCacheSettings, Progress
 from library.caching.text import TextCache, TextCacheSettings
 from library.common.model_family import LatentCodec, TextEncoders
 from library.data.index import DatasetIndex
@@ -49,14 +49,14 @@ def cache_texts(
     of untrained encoders are cached. settings: without their fingerprint. wrap: puts a progress bar around an encoder's batches.
     """
     roles = encoder_roles(encoders.present, trains, cached)
-    if not roles.ahead:
+    if not roles.precomputed:
         rows = encoders.precompute(prompts, roles.untrained, batch_size) if prompts else []
         return Texts(roles, None, None, dict(zip(prompts, rows)))
 
     def encode(texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        return encoders.precompute(texts, roles.ahead, batch_size, wrap)
+        return encoders.precompute(texts, roles.precomputed, batch_size, wrap)
 
-    settings = replace(settings, fingerprint=encoders.fingerprint(roles.ahead))
+    settings = replace(settings, fingerprint=encoders.fingerprint(roles.precomputed))
     training = fill_texts(TextCache(index.training, settings, prompts), encode, processes)
     validation = fill_texts(TextCache(index.validation, replace(settings, variants=None)), encode, processes)
     return Texts(roles, training, validation, {text: training.of_text(text) for text in prompts})
@@ -68,7 +68,7 @@ def cache_latents(
     settings: LatentCacheSettings,
     batch_size: int,
     processes: Processes,
-    wrap: Wrap,
+    wrap: Progress,
 ) -> Latents:
     """Encode every image once; the VAE is loaded only if something is missing."""
     training = fill_latents(LatentCache(index.training, settings), codec.encode, batch_size, wrap, processes)

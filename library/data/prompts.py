@@ -199,7 +199,9 @@ class _PromptParser:
         if prompt.shift <= 0:
             problems.add(f"{where}: the shift {prompt.shift:g} must be above 0.")
         if max(prompt.width, prompt.height) > LARGEST_SIDE:
-            problems.add(f"{where}: {prompt.width}x{prompt.height} is too large; {LARGEST_SIDE} pixels a side is the most.")
+            problems.add(
+                f"{where}: {prompt.width}x{prompt.height} is too large; {LARGEST_SIDE} pixels a side is the most."
+            )
 
     def _sampler(self, name: str, where: str) -> str | None:
         """The sampler of that name; None for one that is ignored or unknown."""

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from torch import Tensor
 
 from library.common.seeds import StepGenerators
-from library.data.loader import Batch, Loader
+from library.data.batch import Batch
+from library.data.dataset import DatasetIndex
+from library.data.loader import Loader
 from library.data.prompts import PreviewPrompt
-from library.data.records import DatasetIndex
 from library.distributed.consensus import Agreement, gather
 from library.monitoring.async_scalars import AsyncScalars
 from library.monitoring.contact_sheet import PreviewRecord

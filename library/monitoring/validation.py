@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from library.common.progress import progress_bar
 from library.common.seeds import StepGenerators
-from library.data.loader import Batch, Loader
+from library.data.batch import Batch
+from library.data.loader import Loader
 from library.monitoring.metrics import RunMetrics
 from library.training.callback_settings import ValidationSettings
 from library.training.step import BatchLosses

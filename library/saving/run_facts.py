@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.records import IndexedDataset
+from library.data.dataset import IndexedDataset
 from library.saving.metadata import NOT_FOR_SD3, FamilyFacts, SaveFacts
 from library.saving.modelspec import ModelSpec
 from library.training.train_progress import TrainProgress

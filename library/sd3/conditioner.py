@@ -14,7 +14,7 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.seeds import StepGenerators
-from library.data.loader import Batch
+from library.data.batch import Batch
 from library.data.prompts import PreviewPrompt
 from library.data.settings import Size
 from library.sd3.checkpoint import ModelFiles

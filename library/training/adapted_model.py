@@ -12,7 +12,7 @@ from torch import Tensor
 
 from library.common.model_family import LatentCodec
 from library.common.seeds import StepGenerators
-from library.data.loader import Batch
+from library.data.batch import Batch
 from library.data.prompts import PreviewPrompt
 
 C = TypeVar("C")  # what a model family conditions its denoiser on

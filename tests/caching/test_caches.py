@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from library.caching import files as cache_files
-from library.caching import latent_entry
+from library.caching import files as cache_files, latent_entry
 from library.caching.latent_entry import posterior_noise
 from library.caching.latents import LatentCache, LatentCacheSettings
 from library.caching.text import TextCache, TextCacheSettings, check_cacheable

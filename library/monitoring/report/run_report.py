@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from library.data.records import DatasetIndex, IndexedDataset
+from library.data.dataset import DatasetIndex, IndexedDataset
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics import RunMetrics
 from library.monitoring.report.background_writer import ReportWriter

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from library.data.records import IndexedDataset
+from library.data.dataset import IndexedDataset
 from library.options.values import (
     metadata_options,
     modelspec_options,
