@@ -136,7 +136,8 @@ class Sd3NetworkTrainer(NetworkTrainer[ModelFiles, Conditioning]):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         context, pooled, pos_embed = conditioning
-        return self.denoiser(noisy, timesteps, context, pooled, pos_embed)
+        velocity: Tensor = self.denoiser(noisy, timesteps, context, pooled, pos_embed)
+        return velocity
 
     def save_text_encoders(self, lora: dict[str, Tensor], stem: Path) -> list[Path]:
         names = encoders_to_save(self.args.save_clip, self.args.save_t5xxl)

@@ -67,7 +67,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
     """A run of sd3_train_network.py, or of another family's script."""
 
     def __init__(self, args: argparse.Namespace, problems: Sequence[str] = ()):
-        """args: resolved options. problems: mistakes in them, reported with all others. What the stages leave is declared here."""
+        """args: resolved options. problems: mistakes in them. What the stages leave is declared here."""
         self.args = args
         self.problems = list(problems)
         self.tracking: TrackingSettings
@@ -186,8 +186,8 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         loads_to_device = args.lowram and not args.blocks_to_swap and not is_sharded
         self.denoiser = self.load_denoiser(plan.files, self.device if loads_to_device else torch.device("cpu"))
         self.base_weights.merge([], self.denoiser)
-        sizes = plan.image_sizes()
-        settings = models.memory_settings(args, len(self.denoiser.blocks), is_sharded, len(sizes) > 1)
+        depth = len(self.denoiser.blocks)
+        settings = models.memory_settings(args, depth, is_sharded, several_sizes=len(plan.image_sizes()) > 1)
         self.swapper = apply_memory_optimizations(self.denoiser, settings, self.device)
 
     def create_network(self) -> None:
@@ -222,9 +222,8 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         args, plan, accelerator, family = self.args, self.plan, self.accelerator, self.metadata_facts()
         model = AdaptedModel(self.codec, self.make_conditioner(), self.predict, self.network)
         step = training.step_settings(args, plan, bool(self.texts.roles.trained), self.sharded is not None)
-        rank, world_size = accelerator.process_index, accelerator.num_processes
         settings = SessionSettings(
-            callbacks=monitoring.callback_settings(args, plan, self.tracking, rank, world_size),
+            callbacks=monitoring.callback_settings(args, plan, self.tracking, accelerator),
             saving=saving.saving_settings(args, plan.length.epochs),
             lora_files=saving.lora_file_settings(args),
             start=saving.start_settings(args, plan, self.state),
@@ -239,7 +238,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
             optimization=self.optimization,
             step=build_step(step, accelerator, model, self.optimization, self.network, args.scale_weight_norms),
             family=family,
-            facts=saving.run_facts(args, plan, family, self.network, self.optimization, self.precision, world_size),
+            facts=saving.run_facts(args, plan, family, self.network, self.optimization, accelerator),
             hub=self.prepared.hub,
             doing=self.doing,
             join_uneven_inputs=nullcontext if self.sharded is None else self.sharded.join_uneven_inputs,
@@ -251,7 +250,8 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         plan, latents, texts = self.plan, self.latents, self.texts
         loading = training.loader_settings(self.args, plan, self.accelerator.process_index, self.device)
         loader = Loader(plan.training, loading, latents.training, texts.training)
-        validation = plan.validation and Loader(plan.validation, loading, latents.validation, texts.validation)
+        held_out = plan.validation
+        validation = Loader(held_out, loading, latents.validation, texts.validation) if held_out else None
         return SessionData(plan.index, loader, plan.training.samples, validation, plan.prompts, texts.prompts)
 
     def doing(self, what: str) -> AbstractContextManager[None]:

@@ -53,7 +53,7 @@ class BaseWeights:
 
         names: the family's encoders in the order of their LoRA prefixes. A change of a missing one is left out with a warning.
         """
-        merges = {}
+        merges: dict[str, tuple[Callable[[nn.Module], int], str]] = {}
         for index, (name, part) in enumerate(zip(names, TEXT_ENCODER_PREFIXES)):
             if part in self.parts and name not in present:
                 logger.warning("--base_weights has a LoRA for %s, which is missing: it is left out.", name)

@@ -12,11 +12,15 @@ from library.options.parser import build_parser
 from library.options.resolve import resolve_options
 
 if TYPE_CHECKING:
-    from library.network_trainer import NetworkTrainer
+    from sd3_train_network import Sd3NetworkTrainer
 
 
 def run_cache(
-    tool: str, description: str | None, arguments: list[str] | None, switch: str, fill: Callable[[NetworkTrainer], None]
+    tool: str,
+    description: str | None,
+    arguments: list[str] | None,
+    switch: str,
+    fill: Callable[[Sd3NetworkTrainer], None],
 ) -> int:
     """Fill a cache with the options of sd3_train_network.py. Those of the LoRA and its output may be left out.
 

@@ -74,7 +74,9 @@ def prompts_from(chosen: argparse.Namespace) -> list[PreviewPrompt]:
     if chosen.images < 1:
         raise UserError(f"--images must be 1 or more, not {chosen.images}.")
     if chosen.from_file is not None:
-        prompts = read_prompts(chosen.from_file, SAMPLERS, BY_NAME["sample_sampler"].choices or ())
+        prompts = read_prompts(
+            chosen.from_file, SAMPLERS, [str(name) for name in BY_NAME["sample_sampler"].choices or ()]
+        )
     else:
         problems = []
         for name in ("width", "height"):

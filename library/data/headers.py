@@ -259,7 +259,7 @@ def _exif_orientation(block: bytes) -> int | None:
             if tag == _ORIENTATION:
                 if (kind, number) != (3, 1):
                     raise _Unusual
-                return value
+                return int(value)
     except struct.error:
         raise _Unusual from None
     return None

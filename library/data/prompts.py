@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from library.common.errors import Problems, UserError
 
@@ -215,7 +216,7 @@ class _PromptParser:
 def _integer(value: object) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError
-    return int(value)  # type: ignore[call-overload]  # TypeError is the caller's
+    return int(cast("int", value))  # TypeError is the caller's
 
 
 def _finite(value: object) -> float:

@@ -49,7 +49,8 @@ def start_processes(timeout_minutes: int | None = None) -> torch.device:
 
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # Accelerator reads it, PartialState alone does not
     with without_accelerate_plugins():
-        return PartialState(cpu, **_process_group(timeout_minutes).to_kwargs()).device
+        device: torch.device = PartialState(cpu, **_process_group(timeout_minutes).to_kwargs()).device
+        return device
 
 
 def make_accelerator(settings: AcceleratorSettings) -> Accelerator:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.progress import Progress
-from library.flow.loss import RunningLoss, TimestepLosses
+from library.flow.loss import RunningLoss, RunningLossState, TimestepLosses
 from library.monitoring.async_scalars import AsyncScalars
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics_file import Curves, MetricsFile
@@ -60,7 +60,7 @@ class LossAverages:
         return {"average": self.running.state_dict(), "by_timestep": self.by_timestep.state_dict()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        self.running.load_state_dict(cast("dict[str, object]", state["average"]))
+        self.running.load_state_dict(cast("RunningLossState", state["average"]))
         self.by_timestep.load_state_dict(cast("dict[str, Tensor]", state["by_timestep"]))
 
 

@@ -34,7 +34,7 @@ class VaePart:
 
     model: nn.Module
     latent_channels: int
-    encode: Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> latents
+    encode: Callable[[Tensor], object]  # images [B, 3, H, W] -> latents, or their distribution
     decode: Callable[[Tensor], Tensor]
 
 

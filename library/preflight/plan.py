@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic
+from typing import Generic, cast
 
 from library.caching.files import check_writable
 from library.caching.fill import encoder_roles
@@ -191,12 +191,12 @@ def run_seed(seed: int | None, state: SavedState | None) -> int:
     """--seed; without it that of the state to resume from, or a random one."""
     if seed is not None:
         return seed
-    return random.SystemRandom().randrange(2**32) if state is None else int(state.options["seed"])
+    return random.SystemRandom().randrange(2**32) if state is None else int(cast("int", state.options["seed"]))
 
 
 def preview_prompts(path: str | None) -> list[PreviewPrompt]:
     """The prompts of --sample_prompts. UserError lists what is wrong with the file."""
-    return read_prompts(path, SAMPLERS, BY_NAME["sample_sampler"].choices or ()) if path else []
+    return read_prompts(path, SAMPLERS, [str(name) for name in BY_NAME["sample_sampler"].choices or ()]) if path else []
 
 
 def trained_rates(settings: PlanSettings, inspector: ModelInspector[Files]) -> LearningRates:

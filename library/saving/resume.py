@@ -43,7 +43,7 @@ def whole_state(settings: ResumeSettings) -> SavedState:
 
 
 def _from_hub(settings: ResumeSettings, files: str) -> Path:
-    return fetch_state(settings.resume, Path(settings.output_dir or ".") / "hub_states", settings.token, files)
+    return fetch_state(settings.resume or "", Path(settings.output_dir or ".") / "hub_states", settings.token, files)
 
 
 def resume_problems(

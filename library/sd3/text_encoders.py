@@ -39,9 +39,7 @@ def load_clip(
     if not sizes.has_projection:
         weights["text_projection.weight"] = torch.eye(sizes.width, device=device, dtype=dtype)
     model.load_state_dict(weights, strict=True, assign=True)
-    return _frozen(
-        cast("CLIPTextModelWithProjection", nn.Module.to(model, device))
-    )  # the buffers: the weights are there already
+    return _frozen(nn.Module.to(model, device))  # the buffers: the weights are there already
 
 
 def load_t5(

@@ -34,7 +34,8 @@ class OptimizerSource:
         """Import the class. Raises UserError when its package is missing or does not import."""
         _require(self.module, self.package, self.name)
         try:
-            return getattr(importlib.import_module(self.module), self.class_name)
+            optimizer_class: type = getattr(importlib.import_module(self.module), self.class_name)
+            return optimizer_class
         except AttributeError:
             raise UserError(f"--optimizer_type={self.name}: {self.module} has no {self.class_name}.") from None
         except (ImportError, OSError) as error:

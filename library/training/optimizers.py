@@ -246,14 +246,17 @@ def _build(
     return OptimizerBundle(optimizer, path + as_text(arguments), _is_schedule_free(optimizer), forced_schedule)
 
 
-def _construct(optimizer_class: type, groups: list[dict[str, Any]], rate: float | None, arguments: dict) -> Optimizer:
+def _construct(
+    optimizer_class: type, groups: list[dict[str, Any]], rate: float | None, arguments: dict[str, Any]
+) -> Optimizer:
     accepted = inspect.signature(optimizer_class).parameters
     if "lr" in accepted or any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
         arguments = {"lr": rate, **arguments}
     other_forms = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
     if optimizer_class.__module__.startswith("torch.optim.") and "fused" in accepted and not other_forms:
         arguments = {**arguments, "fused": _has_fused_form(optimizer_class, groups) or None}
-    return optimizer_class(groups, **arguments)
+    optimizer: Optimizer = optimizer_class(groups, **arguments)
+    return optimizer
 
 
 def _has_fused_form(optimizer_class: type, groups: list[dict[str, Any]]) -> bool:

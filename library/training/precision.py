@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -77,6 +78,6 @@ class LossScaler:
     def state_dict(self) -> dict[str, Tensor]:
         return {"factor": self.factor.clone(), "good_steps": self.good_steps.clone()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.factor = state["factor"].to(self.factor)
-        self.good_steps = state["good_steps"].to(self.good_steps)
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        self.factor = cast(Tensor, state["factor"]).to(self.factor)
+        self.good_steps = cast(Tensor, state["good_steps"]).to(self.good_steps)

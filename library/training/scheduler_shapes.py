@@ -47,7 +47,8 @@ def polynomial(step: int, base: float, *, warmup: int, total: int, power: float 
     if step < warmup:
         return step / warmup
     remaining = max(0.0, 1 - _progress(step, warmup, total))
-    return ((base - lr_end) * remaining**power + lr_end) / base
+    rate: float = (base - lr_end) * remaining**power + lr_end
+    return rate / base
 
 
 def inverse_sqrt(step: int, base: float, *, warmup: int, timescale: int | None = None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.flow.samplers import SAMPLERS
 from library.flow.timesteps import validation_timesteps
@@ -28,6 +29,9 @@ from library.training.callback_settings import (
     chosen_trackers,
     log_folder,
 )
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def tracking_settings(args: argparse.Namespace) -> TrackingSettings:
@@ -101,7 +105,7 @@ def report_settings(args: argparse.Namespace, processes: int) -> ReportSettings 
 
 
 def callback_settings(
-    args: argparse.Namespace, plan: RunPlan[Files], tracking: TrackingSettings, rank: int, world_size: int
+    args: argparse.Namespace, plan: RunPlan[Files], tracking: TrackingSettings, accelerator: Accelerator
 ) -> CallbackSettings:
     return CallbackSettings(
         accumulation=args.gradient_accumulation_steps,
@@ -109,7 +113,7 @@ def callback_settings(
         epochs=plan.length.epochs,
         metrics=metrics_settings(args, plan, tracking),
         validation=validation_settings(args, plan),
-        previews=preview_settings(args, plan, rank, world_size),
+        previews=preview_settings(args, plan, accelerator.process_index, accelerator.num_processes),
         preview_schedule=preview_schedule(args),
-        report=report_settings(args, world_size),
+        report=report_settings(args, accelerator.num_processes),
     )

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.data.dataset import IndexedDataset
 from library.options.values import (
@@ -26,9 +27,11 @@ from library.saving.restore import StartSettings
 from library.saving.run_facts import NetworkFacts, TrainingFacts, model_spec, training_facts
 from library.saving.state import SavedState
 from library.training.optimization import Optimization
-from library.training.precision import Precision
 from networks.network import Network
 from networks.network_layer import NetworkLayer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def lora_file_settings(args: argparse.Namespace) -> LoraFileSettings:
@@ -81,8 +84,7 @@ def run_facts(
     family: FamilyFacts,
     network: Network,
     optimization: Optimization,
-    precision: Precision,
-    processes: int,
+    accelerator: Accelerator,
 ) -> RunFacts:
     """What the metadata of LoRA files says about the run."""
     optimizer = optimization.optimizer
@@ -95,13 +97,13 @@ def run_facts(
         max_train_steps=plan.length.max_steps,
         lr_scheduler=None if optimizer.is_schedule_free else schedule,
         optimizer=optimizer.name_for_metadata,
-        mixed_precision=precision.mixed_precision,
+        mixed_precision=accelerator.mixed_precision,
         seed=plan.seed,
-        num_processes=processes,
+        num_processes=accelerator.num_processes,
         base_weights=[Path(path).name for path in args.base_weights or ()] or None,
         base_weights_multiplier=args.base_weights_multiplier,
     )
-    batches_per_step = None if args.dataset_config else processes * args.gradient_accumulation_steps
+    batches_per_step = None if args.dataset_config else accelerator.num_processes * args.gradient_accumulation_steps
     datasets = facts_of_datasets(plan.index, batches_per_step)
     layers = network_facts(args, network.layers)
     facts = training_facts(metadata_options(args), family, layers, training, datasets, time.time())
