@@ -46,9 +46,8 @@ from library.saving.state import SavedState
 from library.training.adapted_model import AdaptedModel, Conditioner
 from library.training.callback_settings import TrackingSettings
 from library.training.optimization import Optimization, build_optimization
-from library.training.out_of_memory import told_clearly
 from library.training.precision import Precision
-from library.training.runtime import start_runtime
+from library.training.runtime import start_runtime, translate_oom
 from library.training.step import build_step
 from networks.base_weights import BaseWeights
 from networks.lora_sd3 import first_block
@@ -257,7 +256,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
     def doing(self, what: str) -> AbstractContextManager[None]:
         """Inside it, a full memory is reported with what was being done and what would make it fit."""
         whole_copies = self.accelerator.num_processes > 1 and self.sharding.base is None
-        return told_clearly(what, self.device, models.memory_advice(self.args, whole_copies))
+        return translate_oom(what, self.device, models.memory_advice(self.args, whole_copies))
 
     def _progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
         return progress_bar(items, title, self.accelerator.is_main_process, total)

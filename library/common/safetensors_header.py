@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 
 from library.common.errors import UserError
-from library.common.file_kinds import kind_by_first_bytes
 
 MAX_HEADER_BYTES = 32 * 1024 * 1024  # real headers are below 1 MiB; a parsed one takes some twenty times its bytes
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -21,6 +20,21 @@ DTYPE_BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+_FIRST_BYTES = (
+    (b"GGUF", "a GGUF file (quantised weights for other programs; use the .safetensors original)"),
+    (b"PK\x03\x04", "a zip archive or a PyTorch .ckpt/.pt/.bin file"),
+    (b"\x80\x02", "a pickle (an old PyTorch .ckpt/.pt/.bin file)"),
+    (b"\x80\x03", "a pickle (an old PyTorch .ckpt/.pt/.bin file)"),
+    (b"\x80\x04", "a pickle"),
+    (b"\x80\x05", "a pickle"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself (run `git lfs pull`, or download the file)"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"7z\xbc\xaf", "a 7-Zip archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"%PDF", "a PDF"),
+)
 
 
 @dataclass(frozen=True)
@@ -187,3 +201,16 @@ def _short(value: object) -> str:
     """A value for a message: printable and never long."""
     text = repr(value[:80]) if isinstance(value, str) else repr(value[:8]) if isinstance(value, list) else repr(value)
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def kind_by_first_bytes(start: bytes) -> str | None:
+    """What a file that begins with `start` (some hundred bytes) is; None where nothing known begins so."""
+    for magic, kind in _FIRST_BYTES:
+        if start.startswith(magic):
+            return kind
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page (a failed download: log in to the site, accept the licence, download again)"
+    if text.startswith((b"{", b"[")):
+        return "a JSON text"
+    return None

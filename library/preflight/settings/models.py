@@ -10,7 +10,7 @@ from library.memory.block_swap import swap_limit
 from library.memory.checkpointing import CheckpointSettings
 from library.preflight.network import NetworkSettings
 from library.preflight.sd3_inspector import Sd3Settings
-from library.preflight.settings.values import tuple_or_none as _tuple
+from library.preflight.settings import tuple_or_none as _tuple
 from library.saving.text_encoders import encoders_to_save
 
 logger = logging.getLogger(__name__)

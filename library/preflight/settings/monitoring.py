@@ -16,8 +16,8 @@ from library.options.values import (
 )
 from library.preflight.inspector import Files
 from library.preflight.plan import RunPlan
+from library.preflight.settings import path_or_none
 from library.preflight.settings.training import flow_settings
-from library.preflight.settings.values import path_or_none
 from library.training.callback_settings import (
     CallbackSettings,
     MetricsSettings,

@@ -22,9 +22,9 @@ from library.preflight.memory_profile import ProfileSettings
 from library.preflight.plan import PlanSettings, RateSettings, ResumeCheck, RunPlan
 from library.preflight.prepare import PrepareSettings
 from library.preflight.run_length import LengthSettings
+from library.preflight.settings import path_or_none, tuple_or_none as _tuple
 from library.preflight.settings.models import checkpoint_settings, network_settings
 from library.preflight.settings.training import flow_settings, loss_settings, scheduler_settings
-from library.preflight.settings.values import path_or_none, tuple_or_none as _tuple
 from library.saving.hub import HubSettings
 from library.saving.resume import ResumeSettings
 
