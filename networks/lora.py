@@ -9,7 +9,7 @@ quantized or stored in float8. Down and Up are float32 masters, cast to the acti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,6 @@ class LoRALayer(NetworkLayer):
     change from the start has twice the ranks. The buffer `alpha` is the file's: scale = alpha / rows of the file's Down.
     """
 
-    fp32_tensors: tuple[str, ...] = ("alpha",)  # stay float32 when the factors are trained in bfloat16
     alpha: Tensor
     initial_down: Tensor
     initial_up: Tensor
@@ -188,15 +187,6 @@ class LoRALayer(NetworkLayer):
 
     def _refresh_scale(self) -> None:
         self.scale = float(self.alpha) / self.file_rank
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
-        """As nn.Module (`.to()`, `.bfloat16()` …), but `fp32_tensors` keep their dtype and values."""
-        before = {name: getattr(self, name).data for name in self.fp32_tensors}
-        super()._apply(fn, recurse)
-        for name, data in before.items():
-            tensor = getattr(self, name)
-            tensor.data = data.to(tensor.device)
-        return self
 
 
 def _refresh_scale_after_load(layer: nn.Module, incompatible_keys: object) -> None:

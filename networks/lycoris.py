@@ -24,6 +24,8 @@ ROTATIONS = ("diag-oft", "boft")
 
 
 class LycorisLayer(NetworkLayer):
+    fp32_tensors = ("alpha", "dora_scale")
+
     def __init__(self, inner: Any, bypass: bool, module_dropout: float = 0.0):
         """inner: a module of lycoris.modules, made for the base layer and not applied to it.
 

@@ -108,7 +108,7 @@ class Network(nn.Module):
     def state_dict_for_saving(
         self, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """What a LoRA file holds, in `dtype` (None: as trained): copies on the CPU, so training may continue meanwhile.
+        """What a LoRA file holds, in `dtype` (None: as trained; alphas and magnitudes in float32): copies on the CPU, so training may continue meanwhile.
 
         weights: parameters by their names in `named_parameters` to save in place of the live ones (those of an EMA, for
         example). KeyError for an unknown name.
@@ -123,7 +123,8 @@ class Network(nn.Module):
         tensors = {}
         for name, layer in self.layers.items():
             for suffix, tensor in layer.export_state(values[name]).items():
-                tensors[f"{name}.{suffix}"] = in_dtype(tensor, dtype)
+                key = f"{name}.{suffix}"
+                tensors[key] = in_dtype(key, tensor, dtype)
         return tensors
 
     def save_weights(

@@ -7,7 +7,7 @@ hook. The kinds: lora.py, dora.py, lycoris.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias, TypeGuard
 
 import torch
@@ -58,6 +58,8 @@ def _dequantized(layer: BaseLayer) -> Tensor:
 
 class NetworkLayer(nn.Module, ABC):
     """Hold the base layer without owning it: its weights are no part of this module's state or parameters."""
+
+    fp32_tensors: tuple[str, ...] = ("alpha",)  # stay float32 when the factors are trained in bfloat16
 
     def __init__(self, layer: BaseLayer):
         super().__init__()
@@ -110,6 +112,15 @@ class NetworkLayer(nn.Module, ABC):
     def summary(self) -> tuple[str, str]:
         """Rank and alpha as the table of layers shows them."""
         return "", ""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NetworkLayer:
+        """As nn.Module (`.to()`, `.bfloat16()` …), but `fp32_tensors` keep their dtype and values."""
+        before = {name: getattr(self, name).data.float() for name in self.fp32_tensors if hasattr(self, name)}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            tensor = getattr(self, name)
+            tensor.data = data.to(tensor.device)
+        return self
 
     def _after_layer(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         return self(args[0], out) if self.enabled else None

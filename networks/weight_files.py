@@ -15,6 +15,7 @@ from library.common.safetensors_header import read_header
 
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
 Value = TypeVar("Value")
+FP32_SUFFIXES = (".alpha", ".dora_scale")  # a rounded magnitude scales the whole output, not only the change
 LISTED = 10  # names that an error lists before it counts the rest
 
 
@@ -92,8 +93,10 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy on the CPU in `dtype` (None: its own). A single number that `dtype` can't hold exactly stays float32."""
+def in_dtype(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy on the CPU in `dtype` (None: its own). Alphas and DoRA's magnitudes are float32, as is a number that `dtype` can't hold."""
+    if key.endswith(FP32_SUFFIXES):
+        dtype = torch.float32
     copy = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     if tensor.dim() == 0 and not torch.equal(copy.double(), tensor.detach().cpu().double()):
         return tensor.detach().to("cpu", torch.float32, copy=True)

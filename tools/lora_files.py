@@ -19,6 +19,7 @@ from library.common.safetensors_header import read_header
 from library.common.tensor_io import DTYPE_NAMES
 from library.saving.model_hash import lora_hashes
 from networks.diffusers_layout import ADAPTER_CONFIG
+from networks.weight_files import FP32_SUFFIXES
 
 DTYPES = {
     "float": torch.float32,
@@ -80,9 +81,12 @@ def check_free(path: Path, force: bool) -> None:
 
 
 def in_precision(tensors: Mapping[str, Tensor], precision: str | None) -> dict[str, Tensor]:
-    """Tensors in the dtype of --save_precision; None: as they are. Single numbers stay as they are."""
+    """Tensors in the dtype of --save_precision; None: as they are. Alphas and DoRA's magnitudes stay as they are."""
     dtype = DTYPES[precision] if precision else None
-    return {key: tensor if dtype is None or tensor.dim() == 0 else tensor.to(dtype) for key, tensor in tensors.items()}
+    return {
+        key: tensor if dtype is None or tensor.dim() == 0 or key.endswith(FP32_SUFFIXES) else tensor.to(dtype)
+        for key, tensor in tensors.items()
+    }
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from library.memory.quantization import quantize
 from networks.dora import DoRALayer
 from networks.lora import LayerSettings, LoRALayer
+from networks.lora_sd3 import create_network
+from tests.networks.models import tiny_mmdit
 
 
 def read_as_comfyui(weight: Tensor, file: dict[str, Tensor], strength: float) -> Tensor:
@@ -180,3 +182,14 @@ def test_training_starts_at_the_base_model_when_factors_are_bfloat16():
     assert made.dora_scale.dtype == torch.float32
     x = inputs(layer)
     torch.testing.assert_close(layer(x), layer.forward(x), rtol=1e-6, atol=1e-6)
+
+
+def test_magnitudes_and_alphas_of_a_file_stay_float32():
+    torch.manual_seed(3)
+    network = create_network(1.0, 4, 1.0, None, [], tiny_mmdit(), use_dora="True")
+    saved = network.state_dict_for_saving(torch.bfloat16)
+    exact = network.state_dict_for_saving()
+    for key, tensor in saved.items():
+        kept = key.endswith((".alpha", ".dora_scale"))
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), key
+        assert not kept or torch.equal(tensor, exact[key])

@@ -415,3 +415,12 @@ def test_without_lycoris_the_message_says_what_to_install():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install lycoris-lora" in run.stdout
+
+
+@pytest.mark.parametrize("case", ["locon dora", "loha dora", "lokr dora"])
+def test_magnitudes_stay_float32_in_training_and_in_files(case: str):
+    _, network = made(case)
+    exact = {key: tensor for key, tensor in network.state_dict_for_saving().items() if key.endswith(".dora_scale")}
+    saved = network.to(torch.bfloat16).state_dict_for_saving(torch.float16)
+    assert exact and all(torch.equal(saved[key], tensor) for key, tensor in exact.items())
+    assert {tensor.dtype for key, tensor in saved.items() if key.endswith(".alpha")} <= {torch.float32}

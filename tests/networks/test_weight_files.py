@@ -81,5 +81,11 @@ def test_a_file_of_another_layout_is_named(tmp_path):
 @pytest.mark.parametrize("value", [0.0, 1.0, 48.0, 1.2345, 1e5])
 def test_single_numbers_keep_their_value(value: float):
     tensor = torch.tensor(value)
-    assert in_dtype(tensor, torch.float16).item() == tensor.item()
-    assert in_dtype(torch.randn(3), torch.float16).dtype == torch.float16
+    assert in_dtype("scalar", tensor, torch.float16).item() == tensor.item()
+    assert in_dtype("lora_up.weight", torch.randn(3), torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("suffix", ["dora_scale", "alpha"])
+def test_magnitudes_and_alphas_stay_float32(suffix: str):
+    tensor = torch.randn(1, 5)
+    assert torch.equal(in_dtype(f"lora_unet_a.{suffix}", tensor, torch.bfloat16), tensor)

@@ -99,3 +99,14 @@ def test_the_help_says_what_every_method_means(capsys: pytest.CaptureFixture[str
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"{method}:" in text for method in METHODS)
+
+
+def test_magnitudes_keep_float32_whatever_the_precision(tmp_path: Path):
+    tensors = lora_tensors(rank=6, use_dora="True")
+    file, small = write_lora(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors"
+    words = ["--model", str(file), "--save_to", str(small), "--new_rank", "2", "--save_precision", "bf16"]
+    assert main(words) == 0
+    actual = load_file(small)
+    scales = [key for key in tensors if key.endswith(".dora_scale")]
+    assert scales and all(torch.equal(actual[key], tensors[key]) for key in scales)
+    assert {actual[key].dtype for key in actual if key.endswith(".alpha")} == {torch.float32}
