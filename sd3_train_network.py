@@ -64,6 +64,7 @@ from library.sd3.models import load_mmdit
 from library.sd3.pos_embed import ScaledPosEmbed
 from library.sd3.text_encoder_manager import EncoderPlacement, TextEncoderManager, WeightChange, parse_t5_dtype
 from library.sd3.text_encoders import checkpoint_layers
+from library.training.signals import ignore_early_save_requests
 from networks.weight_files import group_by_layer
 
 logger = logging.getLogger(__name__)
@@ -153,11 +154,12 @@ class Sd3NetworkTrainer(NetworkTrainer[ModelFiles, Conditioning]):
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done. 2: something for the user to correct, which has been printed. 130: Ctrl-C. Anything else is a bug, with its traceback.
 
-    A run that is told to stop in training saves everything and raises SystemExit with 130 or 143.
+    A run that a signal stops in training saves everything and raises SystemExit with 128 and the signal's number.
     """
     options = read_options(argv) if COMMAND_LINE is None else COMMAND_LINE
     if isinstance(options, int):
         return options
+    ignore_early_save_requests()
     try:
         args = options.args
         start_logging(args.console_log_level, args.console_log_file, args.console_log_simple)

@@ -110,7 +110,7 @@ class TrainingSession(Generic[C]):
             report,
             metrics,
             stop,
-            StepCheckpoints(checkpoints, stop.should_save),
+            StepCheckpoints(checkpoints, stop.should_save, stop.save_is_requested),
             self._validation(metrics, stop),
             EpochCheckpoints(checkpoints),
             previews,

@@ -121,15 +121,17 @@ class Checkpoints:
 
 
 class StepCheckpoints:
-    """Callback: saves after every n-th step, and by the clock."""
+    """Callback: saves after every n-th step, by the clock, and on request."""
 
-    def __init__(self, checkpoints: Checkpoints, minutes_are_up: Callable[[], bool]):
-        """minutes_are_up: what all ranks have agreed on after this step."""
-        self.checkpoints, self.minutes_are_up = checkpoints, minutes_are_up
+    def __init__(self, checkpoints: Checkpoints, minutes_are_up: Callable[[], bool], is_requested: Callable[[], bool]):
+        """minutes_are_up, is_requested: what all ranks have agreed on after this step."""
+        self.checkpoints, self.minutes_are_up, self.is_requested = checkpoints, minutes_are_up, is_requested
 
     def on_step_end(self, report: StepReport) -> None:
         settings, progress = self.checkpoints.settings, report.progress
-        if settings.schedule.step_is_due(progress.step):
+        if self.is_requested():
+            self.checkpoints.save_step(progress, with_state=True)
+        elif settings.schedule.step_is_due(progress.step):
             self.checkpoints.save_step(progress, settings.save_state)
         elif self.minutes_are_up() and progress.step > self.checkpoints.last_saved_step + 1:
             self.checkpoints.save_step(progress, with_state=True)

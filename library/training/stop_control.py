@@ -1,4 +1,4 @@
-"""Callback: after every step all ranks agree whether the run stops, and whether it saves because of the clock."""
+"""Callback: after every step all ranks agree whether the run stops, and whether it saves out of turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopControl:
-    """Turns one rank's signal, or clock, into a decision of all ranks.
+    """Turns one rank's signal, or clock, into a decision of all ranks: to stop, to save because of the clock, to save on request.
 
     With one rank a decision holds at once; with several, one step later (see Agreement). The callbacks that act on it come
     behind this one.
@@ -22,11 +22,11 @@ class StopControl:
     def __init__(self, signals: StopSignals, agreement: Agreement, save_is_due: Callable[[], bool]):
         """save_is_due: whether this rank's clock asks for a save."""
         self.signals, self.agreement, self._save_is_due = signals, agreement, save_is_due
-        self._stop_agreed = self._save_agreed = False
+        self._stop_agreed = self._save_agreed = self._request_agreed = False
 
     def on_step_end(self, report: StepReport) -> None:
-        answers = [self.signals.received is not None, self._save_is_due()]
-        self._stop_agreed, self._save_agreed = self.agreement.any_rank(answers)
+        answers = [self.signals.received is not None, self._save_is_due(), self.signals.take_save_request()]
+        self._stop_agreed, self._save_agreed, self._request_agreed = self.agreement.any_rank(answers)
 
     def on_epoch_end(self, progress: TrainProgress) -> None:
         pass
@@ -38,6 +38,10 @@ class StopControl:
     def should_save(self) -> bool:
         """Whether the ranks have agreed to save because of the clock."""
         return self._save_agreed
+
+    def save_is_requested(self) -> bool:
+        """Whether SIGUSR1 was received; with several ranks, whether they have agreed that one of them received it."""
+        return self._request_agreed
 
     def exit(self, step: int) -> None:
         """End the process as a shell expects of one that a signal has stopped."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.monitoring.metrics import RunMetrics
 from library.saving.state import newest_state
 from sd3_train_network import main
 from tests.end_to_end.conftest import ROOT, Workshop
@@ -113,8 +114,9 @@ def test_a_run_killed_at_a_random_moment_goes_on_with_resume_auto(workshop: Work
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_lora_and_state_and_says_how_to_go_on(workshop: Workshop, tmp_path: Path, number, code):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR2"])
+def test_a_signal_saves_lora_and_state_and_says_how_to_go_on(workshop: Workshop, tmp_path: Path, name: str):
+    number = getattr(signal, name)
     words = workshop.arguments(tmp_path, "--network_train_unet_only", max_train_steps=5000)
     process = start(words)
     wait_for(
@@ -122,11 +124,29 @@ def test_a_signal_saves_lora_and_state_and_says_how_to_go_on(workshop: Workshop,
     )
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == code, told
+    assert process.returncode == 128 + number, told
     assert "--resume auto" in told and "Traceback" not in told
     state = newest_state(tmp_path, "lora")
     assert state is not None and state.position.step > 0
     assert (tmp_path / f"lora-step{state.position.step:08d}.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
+def test_sigusr1_saves_lora_and_state_and_the_run_goes_on(workshop: Workshop, tmp_path: Path, monkeypatch):
+    plain = RunMetrics.on_step_end
+
+    def step(self, report):
+        plain(self, report)
+        if report.progress.step == 3:
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(RunMetrics, "on_step_end", step)
+    assert main(workshop.arguments(tmp_path, "--network_train_unet_only", max_train_steps=6)) == 0
+    assert {path.name for path in tmp_path.glob("lora*") if "metrics" not in path.name} == {
+        "lora-step00000003.safetensors",
+        "lora-step00000003-state",
+        "lora.safetensors",
+    }
 
 
 def test_resuming_with_options_that_change_the_run_names_them(workshop: Workshop, tmp_path: Path, capsys):

@@ -27,6 +27,10 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(workshop: Workshop,
     wait_for(lambda: launcher.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0))
     ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda child: child.pid)  # in the order of their start
     assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGUSR1)  # to save and go on, which both do together too
+    wait_for(lambda: launcher.poll() is not None or list(tmp_path.glob("lora-step*-state")))
+    (first,) = tmp_path.glob("lora-step*-state")
+    assert launcher.poll() is None and len(list(first.glob("random_states_*.pt"))) == 2
     ranks[1].send_signal(signal.SIGTERM)
     _, told = launcher.communicate(timeout=120)
     assert "--resume auto" in told, told[-3000:]
