@@ -5,8 +5,8 @@ diffusers: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`, `.lora_B.
 
 Three things differ in more than their names. The fused q, k, v are three layers there: they share lora_A, lora_B is cut in three. The
 last block's context and the final layer modulate by (shift, scale), there by (scale, shift). And the block-diagonal Up of a
-LoRA with pairs of their own for q, k and v is taken apart. diffusers reads no T5 LoRA (ComfyUI does, as `text_encoder_3.`)
-and has no form for DoRA with a magnitude per input or for LyCORIS.
+LoRA with pairs of their own for q, k and v is taken apart. diffusers loads no LoRA of T5 and skips its tensors; ComfyUI loads
+them under `text_encoders.t5xxl.transformer.`. diffusers has no form for DoRA with a magnitude per input or for LyCORIS.
 """
 
 from __future__ import annotations

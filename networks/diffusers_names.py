@@ -33,8 +33,9 @@ OTHER_LAYERS: Mapping[str, str] = {
 TEXT_ENCODERS: Mapping[str, str] = {
     "lora_te1_": "text_encoder.",
     "lora_te2_": "text_encoder_2.",
-    "lora_te3_": "text_encoder_3.",
+    "lora_te3_": "text_encoders.t5xxl.transformer.",  # the name that ComfyUI reads; diffusers loads no LoRA of T5
 }
+OLDER_PREFIXES: Mapping[str, str] = {"lora_te3_": "text_encoder_3."}  # read from older files; no client loads it
 BLOCK = re.compile(r"lora_unet_joint_blocks_(\d+)_(\w+)")
 CLIP_LAYER = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn_[qkv]_proj|self_attn_out_proj|mlp_fc[12])")
 T5_LAYER = re.compile(r"encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)")
@@ -88,7 +89,7 @@ def kohya_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
 
 
 def _text_name(path: str) -> str | None:
-    for prefix, start in TEXT_ENCODERS.items():
+    for prefix, start in (*TEXT_ENCODERS.items(), *OLDER_PREFIXES.items()):
         if path.startswith(start):
             inner = path.removeprefix(start)
             if inner.startswith("encoder.layers."):  # transformers 5 has CLIP without the level that files have

@@ -4,7 +4,8 @@
     python tools/convert_lora.py --model my_lora.safetensors --save_to my_lora_diffusers.safetensors
 
 What the LoRA does stays the same to the last digit. Which way to go follows from the file: a kohya file becomes a diffusers
-one and the other way round; --to says it outright. diffusers has no form for DoRA and LyCORIS files and reads no T5 LoRA.
+one and the other way round; --to says it outright. diffusers has no form for DoRA and LyCORIS files and skips the layers of T5,
+which ComfyUI reads from a file of either layout.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def convert(model: Path, save_to: Path, layout: str | None, precision: str | Non
         unread = unread_by_diffusers(lora.tensors)
         if unread:
             logger.warning(
-                "%d layers are T5's: ComfyUI reads them from the new file, diffusers passes them over.", len(unread)
+                "%d layers are T5's: ComfyUI reads them from the new file (text_encoders.t5xxl.transformer.…), diffusers skips them.",
+                len(unread),
             )
     save_lora(save_to, in_precision(tensors, precision), lora.metadata)
     print(f"{save_to}: {len(lora.layers)} layers in {layout}'s layout.")

@@ -79,7 +79,9 @@ class LoraFileWriter:
         self.weights, self.settings, self.metadata = weights, settings, metadata
         self.saver, self.hub = saver, hub
         if settings.format != "kohya" and unread_by_diffusers(weights.network.layers):
-            logger.warning("diffusers reads no LoRA of T5: its part of the file is for ComfyUI alone.")
+            logger.warning(
+                "diffusers skips a LoRA of T5: ComfyUI alone reads its part of the file (text_encoders.t5xxl.transformer.…)."
+            )
 
     def save(self, path: Path, progress: TrainProgress, final: bool = False, obsolete: ObsoletePaths = list) -> None:
         """Save the weights as they are now. final: wait for the hashes of the base files in the metadata."""

@@ -272,7 +272,11 @@ def test_what_diffusers_has_no_form_for_is_told():
     assert "layers that SD3 does not have" in diffusers_problems(unknown)[0]
     t5 = lora_of(None, [None, None, tiny_t5()], train_t5xxl="True")
     assert len(unread_by_diffusers(t5)) == 14 and not unread_by_diffusers(lora_of(base()))
-    assert all(key.startswith("text_encoder_3.encoder.block.") for key in to_diffusers(t5))
+    converted = to_diffusers(t5)
+    assert all(key.startswith("text_encoders.t5xxl.transformer.encoder.block.") for key in converted)
+    older = {key.replace("text_encoders.t5xxl.transformer.", "text_encoder_3."): t for key, t in converted.items()}
+    for file in (converted, older):
+        assert is_diffusers(file) and to_kohya(file).keys() == t5.keys()
 
 
 def test_names_that_mean_nothing_are_told():

@@ -51,7 +51,7 @@ def test_t5_layers_are_converted_with_a_warning(tmp_path: Path, caplog: pytest.L
     with caplog.at_level("WARNING", "tools.convert_lora"):
         assert main(["--model", str(kohya), "--save_to", str(tmp_path / "out.safetensors")]) == 0
     assert "14 layers are T5's" in caplog.text
-    assert any(key.startswith("text_encoder_3.") for key in load_file(tmp_path / "out.safetensors"))
+    assert any(key.startswith("text_encoders.t5xxl.transformer.") for key in load_file(tmp_path / "out.safetensors"))
 
 
 @pytest.mark.parametrize(
