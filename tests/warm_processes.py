@@ -137,6 +137,11 @@ def _become(words: list[str], environment: dict[str, str], cwd: str, outputs: li
     os.environ.update(environment)
     more = [each for each in environment.get("PYTHONPATH", "").split(os.pathsep) if each and each not in sys.path]
     sys.path[:0] = more
+    run_words(words)
+
+
+def run_words(words: list[str]) -> None:
+    """Run what `python WORDS` would."""
     if words[0] != "-m":
         _run_script(*words)
     elif words[1] in LAUNCHERS:

@@ -44,7 +44,11 @@ class Workshop:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    folder = tmp_path_factory.mktemp("workshop")
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def make_workshop(folder: Path) -> Workshop:
+    """The tiny model, six images and their dataset file."""
     images = folder / "images"
     images.mkdir()
     rng = np.random.default_rng(0)
