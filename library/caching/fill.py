@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from torch import Tensor
 
 from library.caching.latents import EncodeImages, LatentCache, Progress
 from library.caching.text import EncodeCaptions, TextCache
@@ -64,12 +66,44 @@ def texts_of_prompts(prompts: Sequence[PreviewPrompt]) -> list[str]:
     return list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
 
 
-def fill_texts(cache: TextCache, encode: EncodeCaptions, processes: Processes) -> TextCache:
-    """Make what is missing. `encode` is called only where this process has something to encode."""
-    for share in _shares(cache, processes):
-        if share or cache.missing_extra_prompts():
-            cache.fill(share, encode, TEXTS_AT_ONCE)
-    return cache
+class Lookahead:
+    """Encode the texts that are asked for together with those that will be asked for next.
+
+    Each call of `encode` loads the text encoders, so the captions and prompts of all caches share calls.
+    """
+
+    def __init__(self, encode: EncodeCaptions, upcoming: Iterable[str], at_once: int):
+        """upcoming: texts in the order in which they will be asked for. at_once: how many texts a call of `encode` gets."""
+        self.encode, self.at_once = encode, at_once
+        self.upcoming = list(dict.fromkeys(upcoming))
+        self.ready: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        missing = [text for text in dict.fromkeys(texts) if text not in self.ready]
+        if missing:
+            done = {*self.ready, *missing}
+            self.upcoming = [text for text in self.upcoming if text not in done]
+            count = max(0, self.at_once - len(missing))
+            batch = [*missing, *self.upcoming[:count]]
+            kept = {text: self.ready[text] for text in texts if text in self.ready}
+            self.ready = kept | dict(zip(batch, self.encode(batch)))
+        return [self.ready[text] for text in texts]
+
+
+def fill_texts(caches: Sequence[TextCache], encode: EncodeCaptions, processes: Processes) -> None:
+    """Make what is missing in the caches, which are all in memory or all on disk.
+
+    `encode` is called only where this process has something to encode: once for all caches where their texts are few.
+    """
+    for shares in zip(*(_shares(cache, processes) for cache in caches), strict=True):
+        work = [(cache, share) for cache, share in zip(caches, shares) if share or cache.missing_extra_prompts()]
+        # a cache in memory holds all outputs anyway; files are written as their texts are encoded
+        upcoming = [text for cache, share in work for text in cache.pending_texts(share)]
+        on_disk = any(cache.on_disk for cache, _ in work)
+        at_once = TEXTS_AT_ONCE if on_disk else max(1, len(upcoming))
+        together = Lookahead(encode, upcoming, at_once)
+        for cache, share in work:
+            cache.fill(share, together, at_once)
 
 
 def fill_latents(

@@ -45,11 +45,13 @@ def cache_texts(
 ) -> Texts:
     """Encode every distinct caption and prompt once with the encoders that do not run in training.
 
-    They are loaded only if something is missing. trains: the family's encoders, and whether each is trained. cached: whether outputs
+    They are loaded only if something is missing, once for all texts. trains: the family's encoders, and whether each is trained. cached: whether outputs
     of untrained encoders are cached. settings: without their fingerprint. wrap: puts a progress bar around an encoder's batches.
     """
     roles = encoder_roles(encoders.present, trains, cached)
     if not roles.precomputed:
+        for name in roles.untrained if prompts else ():
+            encoders.model(name)  # stays loaded for the training steps, which need it too
         rows = encoders.precompute(prompts, roles.untrained, batch_size) if prompts else []
         return Texts(roles, None, None, dict(zip(prompts, rows)))
 
@@ -57,8 +59,9 @@ def cache_texts(
         return encoders.precompute(texts, roles.precomputed, batch_size, wrap)
 
     settings = replace(settings, fingerprint=encoders.fingerprint(roles.precomputed))
-    training = fill_texts(TextCache(index.training, settings, prompts), encode, processes)
-    validation = fill_texts(TextCache(index.validation, replace(settings, variants=None)), encode, processes)
+    training = TextCache(index.training, settings, prompts)
+    validation = TextCache(index.validation, replace(settings, variants=None))
+    fill_texts([training, validation], encode, processes)
     return Texts(roles, training, validation, {text: training.of_text(text) for text in prompts})
 
 

@@ -129,6 +129,12 @@ class TextCache:
             needed[folder] = needed.get(folder, 0) + self.settings.bytes_each * len(self.stored[path])
         return {Path(folder): size for folder, size in needed.items()}
 
+    def pending_texts(self, missing: Sequence[str]) -> list[str]:
+        """The distinct texts that `fill` encodes, in its order."""
+        images = sorted(missing, key=lambda path: self.stored[path]) if self.on_disk else missing
+        texts = [*self.missing_extra_prompts(), *(text for image in images for text in self.stored[image])]
+        return [text for text in dict.fromkeys(texts) if self.on_disk or text not in self.memory]
+
     def fill(self, missing: Sequence[str], encode: EncodeCaptions, chunk: int = 1024) -> None:
         """Encode each distinct text of the missing images once, `chunk` texts a call, and the extra prompts that are missing."""
         extra = self.missing_extra_prompts()
