@@ -48,7 +48,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "sd3_train_network.py", folder)
     for path, old, new in (
         ("library/options/groups/loss.py", BEFORE, ROWS.lstrip("\n") + BEFORE),
-        ("library/preflight/settings.py", *USE),
+        ("library/preflight/settings/training.py", *USE),
     ):
         text = (folder / path).read_text(encoding="utf-8")
         assert text.count(old) == 1, path
