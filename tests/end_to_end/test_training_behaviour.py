@@ -272,7 +272,7 @@ def test_the_position_table_is_scaled_to_the_datasets_resolution(workshop: Works
 
 def test_a_compiled_block_trains_the_same(workshop: Workshop, tmp_path: Path):
     plain = train(workshop, tmp_path / "a", UNET, max_train_steps=1)
-    compiled = train(workshop, tmp_path / "b", UNET, "--torch_compile", dynamo_backend="aot_eager", max_train_steps=1)
+    compiled = train(workshop, tmp_path / "b", UNET, "--torch_compile", dynamo_backend="eager", max_train_steps=1)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     assert compiled.moved() == pytest.approx(plain.moved(), rel=1e-3)
 
