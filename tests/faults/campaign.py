@@ -57,7 +57,7 @@ def run_campaign(
             break
         _, unbroken = harness.reference(job)
         strikes = [strike]
-        while len(strikes) < 6 and generator.random() < 0.7:
+        while len(strikes) < 8 and generator.random() < 0.8:
             strikes.append(random_strike(generator, job, unbroken, seconds=4.0 + 2.0 * job.processes))
         real = number % REAL_EVERY == 0
         summary.outcomes.append(harness.trial(job, strikes, real, again=generator.random() < 0.2))

@@ -31,7 +31,7 @@ class KillPoint:
     rank: str = "0"  # the process that counts
     kind: str = "all"
     """all: SIGKILL to every process. torn: the same, and a file being flushed loses its end, as in a power cut.
-    one: SIGKILL to the counting process alone. term: SIGTERM to every process, SIGKILL 7 operations later."""
+    one: SIGKILL to the counting process alone. stop: SIGTERM or SIGHUP to every process, SIGKILL 7 operations later."""
 
     def environment(self) -> dict[str, str]:
         return {VARIABLE: json.dumps(asdict(self))}
@@ -101,9 +101,9 @@ class OperationCounter:
 
     def _strike(self, event: str, descriptor: int) -> None:
         kind, count, at = self.point.kind, self.count, self.point.operation
-        if kind == "term":
+        if kind == "stop":
             if count == at:
-                _signal(self._pids(), signal.SIGTERM)
+                _signal(self._pids(), random.choice([signal.SIGTERM, signal.SIGHUP]))
             elif count == at + 7:
                 self._kill_all()
         elif count == at:
