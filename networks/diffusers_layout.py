@@ -11,7 +11,6 @@ them under `text_encoders.t5xxl.transformer.`. diffusers has no form for DoRA wi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from library.common.errors import UserError
+from library.common.text_files import FormatError, parse_json
 from networks.diffusers_names import diffusers_paths, kohya_names
 from networks.weight_files import group_by_layer, listed
 
@@ -223,8 +223,8 @@ def _adapter_config(metadata: Mapping[str, str] | None, where: str) -> dict[str,
     if text is None:
         return {}
     try:
-        config = json.loads(text)
-    except ValueError as error:
+        config = parse_json(text)
+    except FormatError as error:
         raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} is not valid JSON ({error}).") from None
     if not isinstance(config, dict):
         raise UserError(f"{where}: the metadata's {ADAPTER_CONFIG} is not a table.")

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
+MAX_CHARACTERS = 2000
+"""Of one problem as it is shown."""
+MAX_PROBLEMS = 100
+"""Problems that are shown at once."""
+
+# Control characters but the newlines of our own lists, line separators, marks that turn the direction of writing, and surrogates
+_UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -20,9 +28,25 @@ class UserError(Exception):
         super().__init__(self.as_text())
 
     def as_text(self) -> str:
+        """The problems for a terminal: numbered, control characters escaped, long ones cut."""
+        texts = [printable(problem) for problem in self.problems[:MAX_PROBLEMS]]
         if len(self.problems) == 1:
-            return self.problems[0]
-        return "\n".join(f"{number}. {problem}" for number, problem in enumerate(self.problems, 1))
+            return texts[0]
+        lines = [f"{number}. {text}" for number, text in enumerate(texts, 1)]
+        if len(self.problems) > MAX_PROBLEMS:
+            lines.append(f"… and {len(self.problems) - MAX_PROBLEMS:,} more problems.")
+        return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Text that holds a user's words, safe for a terminal: control characters escaped, cut at MAX_CHARACTERS."""
+    shown = _UNPRINTABLE.sub(_escaped, text[:MAX_CHARACTERS])
+    left_out = len(text) - MAX_CHARACTERS
+    return f"{shown}… ({left_out:,} characters left out)" if left_out > 0 else shown
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match.group().encode("unicode_escape").decode("ascii")
 
 
 class Problems:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.common.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.common.text_files import FormatError, parse_json, parse_toml, read_text
 
 TablePath = tuple[str, ...]
 """("general",), ("datasets", "0"), ("datasets", "0", "subsets", "1"), and such a tuple followed by a key."""
@@ -53,14 +47,12 @@ def read_source(path: Path) -> Source:
     if kind not in (".toml", ".json"):
         raise UserError(f"{path}: a dataset file must end in .toml or .json.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"{path}: the dataset file can't be read: {error.strerror or error}.") from None
+        text = read_text(path)
+    except FormatError as error:
+        raise UserError(f"{path}: the dataset file can't be read: {error}.") from None
     try:
-        tables = tomllib.loads(text) if kind == ".toml" else json.loads(text, object_pairs_hook=_without_duplicates)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, _DuplicateKey) as error:
+        tables = parse_toml(text) if kind == ".toml" else parse_json(text, _without_duplicates)
+    except FormatError as error:
         hint = " Write paths in 'single quotes' or with /." if "\\" in str(error) else ""
         raise UserError(f"{path}: {error}.{hint}") from None
     if not isinstance(tables, dict):
@@ -68,7 +60,7 @@ def read_source(path: Path) -> Source:
     return Source(str(path), tables, find_lines(text) if kind == ".toml" else {})
 
 
-class _DuplicateKey(ValueError):
+class _DuplicateKey(FormatError):
     """A key that stands twice in one JSON object, of which json would silently keep the last."""
 
 

@@ -77,7 +77,7 @@ def load(path: Path | None) -> IndexCache:
         )
     except FileNotFoundError:
         return IndexCache()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("The index cache %s can't be used and is made anew: %s", path, error)
         return IndexCache()
 

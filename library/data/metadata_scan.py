@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -11,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.common.text_files import FormatError, parse_json, read_text
 from library.data import headers, index_cache
 from library.data.captions import joiner
 from library.data.index_cache import Stamp
 from library.data.scan import Scan, ScannedImage, ScanOptions, first_names, read_sizes
 from library.data.settings import Size, SubsetSettings
+
+MAX_BYTES = 1024**3
+"""Of a metadata file: two million long captions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +73,9 @@ def full_caption(caption: str, tags: str, subset: SubsetSettings) -> str:
 def _read(path: Path, subset: SubsetSettings, scan: Scan) -> Iterator[Entry]:
     """The valid entries of the file; every fault becomes a problem."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        scan.problems.append(f"{subset.name}: metadata_file {path} can't be read: {error.strerror or error}.")
-        return
-    except UnicodeDecodeError as error:
-        scan.problems.append(
-            f"{subset.name}: metadata_file {path} is not UTF-8 (byte {error.start}); save it as UTF-8."
-        )
+        text = read_text(path, MAX_BYTES)
+    except FormatError as error:
+        scan.problems.append(f"{subset.name}: metadata_file {path} can't be read: {error}.")
         return
     rows = _json_lines(text, path, scan) if path.suffix.lower() == ".jsonl" else _json_object(text, path, scan)
     for where, image, fields in rows:
@@ -88,8 +86,8 @@ def _read(path: Path, subset: SubsetSettings, scan: Scan) -> Iterator[Entry]:
 
 def _json_object(text: str, path: Path, scan: Scan) -> Iterator[tuple[str, Any, Any]]:
     try:
-        table = json.loads(text)
-    except json.JSONDecodeError as error:
+        table = parse_json(text)
+    except FormatError as error:
         scan.problems.append(f"{path}: {error}.")
         return
     if not isinstance(table, dict):
@@ -105,9 +103,9 @@ def _json_lines(text: str, path: Path, scan: Scan) -> Iterator[tuple[str, Any, A
             continue
         where = f"{path}, line {number}"
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            scan.problems.append(f"{where}: {error.msg} (column {error.colno}).")
+            fields = parse_json(line)
+        except FormatError as error:
+            scan.problems.append(f"{where}: {error}.")
             continue
         yield where, fields.get("image_path") if isinstance(fields, dict) else None, fields
 

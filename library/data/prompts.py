@@ -7,22 +7,16 @@ may override.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from library.common.errors import Problems, UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.common.text_files import FormatError, parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 SIDE_MULTIPLE = 16
@@ -78,14 +72,14 @@ def read_prompts(
     if path.suffix.lower() not in (".txt", ".toml", ".json"):
         raise UserError(f"--sample_prompts {path}: the file must end in .txt, .toml or .json.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except FormatError as error:
         raise UserError(f"--sample_prompts {path}: the file cannot be read ({error}).") from error
     parser = _PromptParser(str(path), samplers, other_samplers)
     read = {".txt": parser.from_lines, ".toml": parser.from_toml, ".json": parser.from_json}[path.suffix.lower()]
     try:
         prompts = read(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except FormatError as error:
         raise UserError(f"--sample_prompts {path}: {error}.") from error
     parser.problems.raise_if_any()
     if not prompts:
@@ -112,7 +106,7 @@ class _PromptParser:
         return [prompt for prompt in prompts if prompt is not None]
 
     def from_toml(self, text: str) -> list[PreviewPrompt]:
-        table = tomllib.loads(text).get("prompt")
+        table = parse_toml(text).get("prompt")
         defaults = table if isinstance(table, dict) else {"subset": None}
         subsets = defaults.pop("subset", [{}])
         if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
@@ -122,7 +116,7 @@ class _PromptParser:
         return self._from_entries([{**defaults, **subset} for subset in subsets])
 
     def from_json(self, text: str) -> list[PreviewPrompt]:
-        data = json.loads(text)
+        data = parse_json(text)
         if not isinstance(data, list):
             raise UserError(f"--sample_prompts {self.file}: it must hold a list of prompts.")
         return self._from_entries(data)
@@ -193,8 +187,6 @@ class _PromptParser:
 
     def _check_values(self, prompt: PreviewPrompt, where: str) -> None:
         problems = self.problems
-        if _has_surrogates(prompt.prompt + prompt.negative_prompt):
-            problems.add(f"{where}: the text holds half of a character (a \\ud800 to \\udfff alone). Write it whole.")
         if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
             problems.add(f"{where}: the seed {prompt.seed} must be 0 or more, and below 2^64.")
         if prompt.shift <= 0:
@@ -227,11 +219,6 @@ def _finite(value: object) -> float:
 
 
 _NUMBERS: dict[type, Callable[[object], float]] = {int: _integer, float: _finite}
-
-
-def _has_surrogates(text: str) -> bool:
-    """Whether it holds surrogates, which JSON can write and no tokenizer or picture can take."""
-    return any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _side(pixels: int) -> int:

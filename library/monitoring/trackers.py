@@ -14,12 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from library.common.errors import UserError
+from library.common.text_files import FormatError, parse_toml, read_text
 from library.training.callback_settings import TrackingSettings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,8 +54,8 @@ def tracker_arguments(settings: TrackingSettings) -> dict[str, dict[str, object]
         return arguments
     where = f"--log_tracker_config {settings.arguments_file}"
     try:
-        tables = tomllib.loads(settings.arguments_file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        tables = parse_toml(read_text(settings.arguments_file))
+    except FormatError as error:
         raise UserError(f"{where}: the file cannot be read ({error}).") from error
     for name, table in tables.items():
         if name not in PACKAGES or not isinstance(table, dict):

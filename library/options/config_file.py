@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from library.common.errors import Problems, UserError
 from library.common.files import write_text
+from library.common.text_files import FormatError, parse_toml, read_text
 from library.options.option import Option, finite, read_value
 from library.options.parser import unknown_option
 from library.options.table import BY_NAME, GROUPS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 COMMAND_LINE_ONLY = ("config_file", "output_config")
 
@@ -113,12 +108,13 @@ def _toml_single(option: Option, value: object) -> object:
 
 def _read_toml(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"--config_file: {path} can't be read: {reason}.") from None
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"--config_file: {path} is not valid TOML: {error or 'too deeply nested'}.") from None
+        text = read_text(path)
+    except FormatError as error:
+        raise UserError(f"--config_file: {path} can't be read: {error}.") from None
+    try:
+        return parse_toml(text)
+    except FormatError as error:
+        raise UserError(f"--config_file: {path} is not valid TOML: {error}.") from None
 
 
 def _entries(tables: dict[str, object]) -> Iterator[tuple[str, str, object]]:

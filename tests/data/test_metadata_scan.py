@@ -106,7 +106,7 @@ def test_relative_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
 
 def test_images_that_are_not_there_are_listed_as_bad(tmp_path: Path) -> None:
     folder(tmp_path, 1)
-    path = write(tmp_path / "m.json", {"000.png": {}, "gone.png": {}, "nul\0.png": {}})
+    path = write(tmp_path / "m.json", {"000.png": {}, "gone.png": {}})
     (problem,) = problems(metadata_subset(path, tmp_path))
     assert "gone.png: does not exist" in problem
     index = build_index([dataset(metadata_subset(path, tmp_path))], skip_bad_images=True)
@@ -126,6 +126,8 @@ def test_images_that_are_not_there_are_listed_as_bad(tmp_path: Path) -> None:
         ("m.jsonl", '{"caption": "x"}', 'line 1: an entry must be an object, with an "image_path"'),
         ("m.jsonl", '{"image_path": 5}', "line 1: an entry must be"),
         ("m.jsonl", "3", "line 1: an entry must be"),
+        ("m.json", '{"nul\\u0000.png": {}}', "NUL character"),
+        ("m.jsonl", "[" * 100_000, "line 1: it is nested too deeply"),
     ],
 )
 def test_faults_are_told_with_their_place(tmp_path: Path, name: str, content: str, told: str) -> None:

@@ -25,7 +25,16 @@ LEFT_OUT = (
     "tools/demo/pretrain.py",
 )
 SHOWN = {"text", "summary", "__str__"}  # functions that make what --dry_run and the log show
-TOLD = {"UserError", "BadImageError", "BucketError", "_Malformed", "PydanticCustomError", "_not_steps"}
+TOLD = {
+    "UserError",
+    "FormatError",
+    "_DuplicateKey",
+    "BadImageError",
+    "BucketError",
+    "_Malformed",
+    "PydanticCustomError",
+    "_not_steps",
+}
 LOGGED = {"warning", "error", "exception"}
 LISTS = re.compile(r"problem|warning|told|wrong|bad|broken|found|misfit|listing|self$|notes", re.IGNORECASE)
 QUIET = {"info", "debug", "Option", "add_argument", "print", "compile", "search", "sub", "match", "fullmatch", "Phase"}
