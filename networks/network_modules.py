@@ -69,11 +69,13 @@ class NetworkModule(Protocol):
         """Whether `--network_args` put adapters on T5-XXL."""
 
 
-def network_module(name: str) -> NetworkModule:
+def network_module(name: str | None) -> NetworkModule:
     """The module behind `--network_module`: one of KNOWN, or any importable module that has FUNCTIONS as networks.lora_sd3 has them.
 
     UserError where there is none, or it lacks a function.
     """
+    if not name:
+        raise UserError("--network_module is missing: networks.lora_sd3 trains a LoRA.")
     target = KNOWN.get(name, name)
     advice = "Use networks.lora_sd3 for LoRA and DoRA, or lycoris.kohya for LoHa, LoKr and other LyCORIS algorithms."
     try:
@@ -84,8 +86,10 @@ def network_module(name: str) -> NetworkModule:
                 f"--network_module={name} needs the package {error.name}, which is not installed."
             ) from error
         raise UserError(f"--network_module={name}: there is no such module. {advice}") from None
-    except ValueError:  # an empty name
+    except (ValueError, TypeError):  # an empty name, a relative one
         raise UserError(f'--network_module="{name}" names no module. {advice}') from None
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything while it is imported
+        raise UserError(f"--network_module={name} fails on import: {type(error).__name__}: {error}") from error
     missing = [function for function in FUNCTIONS if not callable(getattr(module, function, None))]
     if missing:
         raise UserError(

@@ -84,8 +84,9 @@ def predefined_sizes(settings: DatasetSettings) -> list[Size]:
     sizes = {(square, square)}
     for width in range(low, high + 1, step):
         height = min(high, floor_to(area // width, step))
-        if height >= low:
-            sizes |= {(width, height), (height, width)}
+        if height < low:
+            break  # and so are those of all larger widths, whatever the limit
+        sizes |= {(width, height), (height, width)}
     return sorted(sizes)
 
 

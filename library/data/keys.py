@@ -18,6 +18,8 @@ Style = Literal["folder", "metadata", "mask"]
 """Of a dataset: its subsets are folders of images, metadata files, or folders of images with a folder of masks."""
 STYLES: tuple[Style, ...] = ("folder", "metadata", "mask")
 SAME_NAME = "the key's own name"
+LARGEST_SIDE = 8192  # of a resolution, in pixels
+LARGEST_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def _size(value: object) -> object:
         raise PydanticCustomError("size", "must be a whole number or [width, height]")
     if min(sides) < 1:
         raise PydanticCustomError("size", "must be above 0")
+    if max(sides) > LARGEST_SIDE:
+        raise PydanticCustomError("size", "must be at most 8192 pixels a side, which is beyond every model")
     return tuple(sides)
 
 
@@ -88,5 +92,6 @@ Resolution = Annotated[tuple[int, int], BeforeValidator(_size)]
 FaceRange = Annotated[tuple[float, float], BeforeValidator(_range)]
 Probability = Annotated[float, Valid(ge=0, le=1)]
 Text = Annotated[str, Valid(min_length=1)]
-Positive = Annotated[int, Valid(ge=1)]
-NotNegative = Annotated[int, Valid(ge=0)]
+Positive = Annotated[int, Valid(ge=1, le=LARGEST_COUNT)]
+NotNegative = Annotated[int, Valid(ge=0, le=LARGEST_COUNT)]
+Repeats = Annotated[int, Valid(le=LARGEST_COUNT)]

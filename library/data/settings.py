@@ -14,7 +14,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field as Valid
 
-from library.data.keys import FaceRange, Key, NotNegative, Positive, Probability, Resolution, Text, declared_keys
+from library.data.keys import (
+    FaceRange,
+    Key,
+    NotNegative,
+    Positive,
+    Probability,
+    Repeats,
+    Resolution,
+    Text,
+    declared_keys,
+)
 
 Size = tuple[int, int]
 """Width, height in pixels."""
@@ -66,7 +76,7 @@ class SubsetSettings:
     cache_info: Annotated[bool, ANYWHERE] = False  # keep an index cache beside the images
     is_reg: Annotated[bool, Key(("subsets",), ("folder",), option=None)] = False
     loss_weight: float = 1.0  # prior_loss_weight where is_reg, else 1
-    num_repeats: Annotated[int, Key(option="dataset_repeats")] = 1  # a subset with less than 1 is left out
+    num_repeats: Annotated[Repeats, Key(option="dataset_repeats")] = 1  # a subset with less than 1 is left out
     captions: CaptionSettings = field(default_factory=CaptionSettings)
     color_aug: Annotated[bool, ANYWHERE] = False
     flip_aug: Annotated[bool, ANYWHERE] = False

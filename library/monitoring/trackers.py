@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.common.errors import UserError
@@ -34,6 +35,7 @@ def tracking_problems(settings: TrackingSettings) -> list[str]:
         for name in settings.names
         if not any(importlib.util.find_spec(package) for package in PACKAGES[name])
     ]
+    problems += _folder_problems(settings.folder) if settings.names and settings.folder else []
     try:
         arguments = tracker_arguments(settings)
     except UserError as error:
@@ -43,6 +45,21 @@ def tracking_problems(settings: TrackingSettings) -> list[str]:
             where = f"--log_tracker_config {settings.arguments_file}, [{name}]"
             problems += [f"{where}: {problem}" for problem in _argument_problems(name, table)]
     return problems
+
+
+def _folder_problems(folder: Path) -> list[str]:
+    """Why no logs can be written in the folder, which need not exist yet. Nothing is written."""
+    for path in (folder, *folder.parents):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            return [f"--logging_dir {folder} can't be used: {getattr(error, 'strerror', None) or error}."]
+        if not path.is_dir() or not os.access(path, os.W_OK):
+            return [f"--logging_dir {folder}: {path} is not a folder that can be written to. Choose another."]
+        return []
+    return []
 
 
 def tracker_arguments(settings: TrackingSettings) -> dict[str, dict[str, object]]:
@@ -103,7 +120,13 @@ class Trackers:
         with _argv_without(settings.secrets):
             plain = {key: _plain(value) for key, value in config.items()} if config is not None else None
             with _translate_wandb_errors():
-                accelerator.init_trackers(settings.project, plain, tracker_arguments(settings))
+                try:
+                    accelerator.init_trackers(settings.project, plain, tracker_arguments(settings))
+                except OSError as error:
+                    raise UserError(
+                        f"--logging_dir {settings.folder}: nothing can be written there ({error.strerror or error})."
+                        " Make room, or choose another folder."
+                    ) from error
         self._trackers = list(accelerator.trackers)
         self._thread = ThreadPoolExecutor(1, "trackers")
         for tracker in self._trackers:

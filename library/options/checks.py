@@ -11,6 +11,11 @@ import argparse
 from library.options.option import Kind, Option
 from library.options.table import BY_NAME, OPTIONS
 
+LARGEST_COUNT = 2**31 - 1
+"""Of steps, images and all else that is counted: beyond it nothing ends, and arithmetic overflows."""
+
+LONGEST_NAME = 180  # bytes of --output_name
+
 
 def check_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Problems and warnings of normalized options, one or two sentences each."""
@@ -73,11 +78,15 @@ def _useless(args: argparse.Namespace) -> list[str]:
 def _out_of_range(args: argparse.Namespace) -> list[str]:
     """One sentence for each option whose value, or one of whose values, is out of range."""
     problems = []
-    for option in (option for option in OPTIONS if option.has_range):
+    for option in OPTIONS:
         value = getattr(args, option.dest)
         for each in value if isinstance(value, list) else [value]:
-            if each is not None and each != "auto" and not option.in_range(each):
+            if option.has_range and each is not None and each != "auto" and not option.in_range(each):
                 problems.append(f"--{option.dest} must be {option.range_text()}, but it is {each}.")
+            elif isinstance(each, int) and option.max is None and abs(each) > LARGEST_COUNT:
+                problems.append(
+                    f"--{option.dest} must be at most {LARGEST_COUNT}, the largest count, but it is {each}."
+                )
     return problems
 
 
@@ -136,4 +145,17 @@ def _names(args: argparse.Namespace) -> list[str]:
         problems.append("--resume auto looks in --output_dir; with --resume_from_huggingface name the state.")
     if args.output_name and {"/", "\\"} & set(args.output_name):
         problems.append(f"--output_name {args.output_name} must be a name without folders; those go to --output_dir.")
-    return problems
+    return problems + _name_problems(args.output_name or "")
+
+
+def _name_problems(name: str) -> list[str]:
+    """Why a name can't begin the names of files: file systems take 255 bytes, and step, ending and temporary mark come to it."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return [f"--output_name {name!r} is not UTF-8 text. Choose another."]
+    if length > LONGEST_NAME:
+        return [f"--output_name is {length} bytes long, and {LONGEST_NAME} is the most. Shorten it."]
+    if not all(map(str.isprintable, name)):
+        return [f"--output_name {name!r} holds characters that can't be shown. Choose another."]
+    return []

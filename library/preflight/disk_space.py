@@ -184,13 +184,18 @@ def output_problems(folder: Path) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=folder, prefix=".write-test-"):
             pass
-    except OSError as error:
-        return [
-            f"--output_dir {folder}: nothing can be written there ({error.strerror or error}). Choose another folder."
-        ]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return [f"--output_dir {folder}: nothing can be written there ({reason}). Choose another folder."]
     return []
 
 
 def _existing(folder: Path) -> Path:
     """The folder, or the first one above it that exists."""
-    return next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    for path in (folder, *folder.parents):
+        try:
+            if path.exists():
+                return path
+        except (OSError, ValueError):  # a name that is too long, a NUL
+            continue
+    return Path()

@@ -17,7 +17,7 @@ from library.caching.fill import encoder_roles
 from library.caching.latents import LatentCacheSettings
 from library.caching.text import TextCacheSettings
 from library.common.errors import UserError, collect_errors
-from library.data.batches import BatchPlan
+from library.data.batches import BatchPlan, length_problems
 from library.data.dataset import dataset_fingerprint, table
 from library.data.index import DatasetIndex
 from library.data.prompts import PreviewPrompt, read_prompts
@@ -175,7 +175,7 @@ def plan_run(
     if index is not None and rates is not None:
         training, validation = _batch_plans(index, seed, world_size)
         length = run_length(settings.length, training.batches_per_epoch)
-        problems += _length_problems(settings, length)
+        problems += length_problems(training) + _length_problems(settings, length)
         if output_dir and not unwritable:
             saved = saving_requirement(settings.output, settings.optimizer, length, output)
             problems += space_problems([saved, *required])
@@ -246,7 +246,7 @@ def _check_models(
     """Check the model's files and make the network on the meta device; the size of its file, None where that is unknown."""
     wrong = inspector.network_problems(files) + inspector.model_problems(files, sizes)
     problems += wrong
-    if rates is None or wrong or not any((rates.unet, *rates.text_encoders)):
+    if rates is None or wrong or not settings.network.module or not any((rates.unet, *rates.text_encoders)):
         return None
     models = inspector.meta_models(files, rates)
     numbers = collect_errors(problems, lambda: validate_on_meta(settings.network, *models))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from library.training.train_progress import TrainProgress
@@ -36,10 +35,10 @@ class RunLength:
 
 def run_length(settings: LengthSettings, batches_per_epoch: int) -> RunLength:
     """batches_per_epoch: of one process. An epoch's last optimizer step may be made of fewer of them."""
-    steps_per_epoch = math.ceil(batches_per_epoch / settings.accumulation)
+    steps_per_epoch = -(-batches_per_epoch // settings.accumulation) or 1
     epochs = settings.max_train_epochs
     max_steps = epochs * steps_per_epoch if epochs else settings.max_train_steps
-    return RunLength(steps_per_epoch, max_steps, math.ceil(max_steps / steps_per_epoch))
+    return RunLength(steps_per_epoch, max_steps, -(-max_steps // steps_per_epoch))
 
 
 def initial_progress(settings: LengthSettings, length: RunLength) -> TrainProgress | None:

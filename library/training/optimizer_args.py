@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from library.common.errors import Problems
+
+MAX_CHARACTERS, MAX_OPENING = 2000, 50
+_OPENING = re.compile(r"[\[({+\-~]")  # what a literal may nest
 
 
 def parse_keyword_args(
@@ -29,13 +33,20 @@ def parse_keyword_args(
             problems.add(f"{option}: {key} has an option of its own (--learning_rate for lr): remove it here.")
         else:
             try:
-                parsed[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+                parsed[key] = _literal(text)
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # TypeError: a list as a key
                 parsed[key] = text
                 if key not in text_keys:
                     problems.add(f'{option}: the value of "{pair}" is no Python literal. {_advice(key, text)}')
     problems.raise_if_any()
     return parsed
+
+
+def _literal(text: str) -> object:
+    """A Python literal. ValueError for one that is longer or deeper than any argument."""
+    if len(text) > MAX_CHARACTERS or len(_OPENING.findall(text)) > MAX_OPENING:  # deep ones can end the process
+        raise ValueError("too long")
+    return ast.literal_eval(text)
 
 
 def as_text(arguments: dict[str, Any]) -> str:

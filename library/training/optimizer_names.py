@@ -34,12 +34,14 @@ class OptimizerSource:
         """Import the class. Raises UserError when its package is missing or does not import."""
         _require(self.module, self.package, self.name)
         try:
-            optimizer_class: type = getattr(importlib.import_module(self.module), self.class_name)
-            return optimizer_class
+            optimizer_class: object = getattr(importlib.import_module(self.module), self.class_name)
         except AttributeError:
             raise UserError(f"--optimizer_type={self.name}: {self.module} has no {self.class_name}.") from None
-        except (ImportError, OSError) as error:
+        except (Exception, SystemExit) as error:  # the user's own module may raise anything
             raise UserError(f"--optimizer_type={self.name}: {self.module} cannot be imported: {error}.") from error
+        if not isinstance(optimizer_class, type):
+            raise UserError(f"--optimizer_type={self.name} is no class. Name a subclass of torch.optim.Optimizer.")
+        return optimizer_class
 
 
 # packages whose optimizers step every tensor by itself, whichever others are stepped with it

@@ -217,7 +217,7 @@ def _try_one_step(source: OptimizerSource, optimizer_args: Sequence[str] | None)
             bundle = _build(source, [{"params": [parameter]}], 1.0, _parse(optimizer_args), quiet=True)
             bundle.train()
             bundle.optimizer.step()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = f" with --optimizer_args {' '.join(optimizer_args)}" if optimizer_args else ""
         return [f"--optimizer_type={source.name}{given} cannot be used: {type(error).__name__}: {error}"]
     return []

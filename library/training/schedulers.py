@@ -148,9 +148,11 @@ def _construct(module: str, name: str, settings: SchedulerSettings, optimizer: O
     arguments = parse_keyword_args("--lr_scheduler_args", settings.args, text_keys=TEXT_ARGUMENTS)
     try:
         scheduler_class = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the user's own module may raise anything
         raise UserError(f"The learning-rate scheduler {module}.{name} cannot be imported: {error}.") from error
+    if not isinstance(scheduler_class, type):
+        raise UserError(f"The learning-rate scheduler {module}.{name} is no class: name one.")
     try:
         return scheduler_class(optimizer, **arguments)
-    except (TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--lr_scheduler_args {' '.join(settings.args)}: {name} says: {error}.") from error

@@ -33,7 +33,7 @@ DEEP = 100_000
         (parse_toml, "a = " + "9" * 5000, "digits"),
     ],
 )
-def test_what_is_no_value_is_refused(parse, text: str, says: str):  # noqa: ANN001
+def test_what_is_no_value_is_refused(parse, text: str, says: str):
     started = time.perf_counter()
     with pytest.raises(FormatError, match=says):
         parse(text)

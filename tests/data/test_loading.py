@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import random
+import sys
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from library.data.batch import Batch
-from library.data.batches import BatchPlan
+from library.data.batches import MAX_ITEMS, BatchPlan, BatchSpec, length_problems
 from library.data.dataset import ImageRecord, IndexedDataset
 from library.data.loader import BatchReader, Loader, LoaderSettings
 from library.data.settings import DatasetSettings, SubsetSettings
@@ -103,6 +106,54 @@ def test_any_plan_is_whole_unmixed_and_evenly_shared(buckets, batch_size: int, p
     assert items == {(d, n): count for d in range(2) for n, count in enumerate(repeats)}
     assert all({sizes[n] for n, _ in spec.items} == {spec.bucket} and len(spec.items) <= batch_size for spec in whole)
     assert sum(plan.samples(2)) == plan.images_per_epoch == 2 * sum(repeats)
+
+
+def rows_of_an_epoch(datasets: list[IndexedDataset], seed: int, epoch: int) -> list[BatchSpec]:
+    """The order of an epoch with a row for each repeat, as first released: states of earlier runs depend on it."""
+    rng = random.Random(f"{seed} batches {epoch}")
+    batches = []
+    for number, dataset in enumerate(datasets):
+        size = dataset.settings.batch_size
+        for bucket, records in dataset.buckets.items():
+            items = [(record, repeat) for record in records for repeat in range(dataset.records[record].repeats)]
+            rng.shuffle(items)
+            batches += [
+                BatchSpec(number, bucket, tuple(items[start : start + size])) for start in range(0, len(items), size)
+            ]
+    rng.shuffle(batches)
+    return batches
+
+
+@given(
+    repeats=st.lists(st.integers(1, 7), min_size=1, max_size=9), batch_size=st.integers(1, 4), seed=st.integers(0, 9)
+)
+@settings(max_examples=60, deadline=None)
+def test_the_order_is_that_of_a_list_with_a_row_for_each_repeat(repeats: list[int], batch_size: int, seed: int):
+    sizes = [(64, 64 + 16 * (number % 3)) for number in range(len(repeats))]
+    records = [
+        ImageRecord(f"/{n}", size, 1, 1, "", 0, size, size, None, count, False, 1.0)
+        for n, (size, count) in enumerate(zip(sizes, repeats))
+    ]
+    by_size = {size: [n for n, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)}
+    dataset = IndexedDataset(DatasetSettings("d", (SubsetSettings("s"),), (64, 64), batch_size), records, by_size)
+    for epoch in range(3):
+        assert list(BatchPlan([dataset, dataset], seed).epoch(epoch)) == rows_of_an_epoch([dataset] * 2, seed, epoch)
+
+
+def test_millions_of_repeats_take_no_row_each():
+    record = ImageRecord("/a", (64, 64), 1, 1, "", 0, (64, 64), (64, 64), None, 50_000_000, False, 1.0)
+    many = IndexedDataset(DatasetSettings("d", (SubsetSettings("s"),), (64, 64)), [record], {(64, 64): [0]})
+    tracemalloc.start()
+    assert BatchPlan([many], 1).batches_per_epoch == 50_000_000
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    record.repeats = 200_000
+    epoch = BatchPlan([many], 1).epoch(0)
+    assert sys.getsizeof(epoch.order) + sys.getsizeof(epoch.orders[0]) < 2e6
+    assert len({item for spec in epoch[:500] for item in spec.items}) == 500
+    record.repeats = MAX_ITEMS + 1
+    (problem,) = length_problems(BatchPlan([many], 1))
+    assert "Lower num_repeats" in problem
 
 
 def test_a_filler_weighs_nothing(folder: Path):

@@ -134,7 +134,7 @@ def value_of(option: Option) -> st.SearchStrategy[Any]:
         finite: st.floats(allow_nan=False, allow_infinity=False),
         int_or_float: st.one_of(st.integers(1, 10**6), st.floats(0.001, 0.999)),
         int_or_auto: st.one_of(st.integers(0, 99), st.just("auto")),
-    }.get(option.type, st.text(st.characters(codec="utf-8"), max_size=12))
+    }.get(option.type, st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12))
     return st.lists(single, max_size=3) if option.nargs else single
 
 
