@@ -120,7 +120,7 @@ def a_layer(trainer: Sd3NetworkTrainer) -> Any:
 
 
 def optimizer(trainer: Sd3NetworkTrainer) -> Any:
-    return trainer.optimizer.optimizer
+    return trainer.optimization.optimizer.optimizer
 
 
 Peek = Callable[[Sd3NetworkTrainer], Any]

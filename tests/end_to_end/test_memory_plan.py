@@ -34,8 +34,10 @@ def planned(workshop: Workshop, folder: Path, kind: str, *more: str) -> tuple[Sd
     }
     resolved = resolve_options(workshop.arguments(folder / "out", *CACHED, "--dry_run", *more, **options))
     trainer = Sd3NetworkTrainer(resolved.args, resolved.problems)
+    trainer.start()
     trainer.prepare()
-    return trainer, trainer.memory
+    assert trainer.prepared.memory is not None
+    return trainer, trainer.prepared.memory.text()
 
 
 @pytest.mark.parametrize(("kind", "vram"), [("sd35l", 8), ("sd35m", 4)])

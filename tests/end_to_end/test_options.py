@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from library.network_trainer import tracking_settings
 from library.options.option import Kind, Option
 from library.options.resolve import resolve_options
 from library.options.table import BY_NAME, OPTIONS
 from library.preflight.plan import plan_run
 from library.preflight.run_length import initial_progress
 from library.preflight.settings.models import base_weight_files, checkpoint_settings
+from library.preflight.settings.monitoring import tracking_settings
 from library.preflight.settings.plan import length_settings, plan_settings
-from library.preflight.settings.training import flow_settings, loss_settings, scheduler_settings
+from library.preflight.settings.training import flow_settings, loader_settings, loss_settings, scheduler_settings
 from sd3_train_network import Sd3NetworkTrainer, main
 from tests.end_to_end.conftest import ROOT, Workshop
 from tests.end_to_end.option_evidence import ELSEWHERE, IN_METADATA, PEEK, PLANNED, RUN
@@ -99,7 +99,7 @@ def planned(workshop: Workshop, folder: Path, words: list[str]) -> dict[str, str
     """All that is settled before weights are read, by kind, as text."""
     resolved = resolve_options(workshop.arguments(folder, *words, max_train_steps=9))
     trainer = Sd3NetworkTrainer(resolved.args, resolved.problems)
-    trainer.start_processes()
+    trainer.start()
     trainer.plan = plan_run(plan_settings(resolved.args), trainer.make_inspector(), trainer.problems)
     args, plan = resolved.args, trainer.plan
     return {
@@ -108,7 +108,7 @@ def planned(workshop: Workshop, folder: Path, words: list[str]) -> dict[str, str
         "seed": repr(plan.seed),
         "prompts": repr(plan.prompts),
         "precision": repr(trainer.precision),
-        "loader": repr(trainer.loader_settings()),
+        "loader": repr(loader_settings(args, plan, 0, trainer.device)),
         "flow": repr(flow_settings(args)),
         "loss": repr(loss_settings(args)),
         "checkpointing": repr(checkpoint_settings(args)),
@@ -351,7 +351,7 @@ def test_a_tracker_is_the_one_that_is_asked_for(workshop: Workshop, tmp_path: Pa
 
 
 def test_hub_options_reach_the_uploader(workshop: Workshop, tmp_path: Path, monkeypatch):
-    from library import network_trainer
+    from library.preflight import prepare
 
     made: list[Any] = []
 
@@ -359,7 +359,7 @@ def test_hub_options_reach_the_uploader(workshop: Workshop, tmp_path: Path, monk
         def __init__(self, settings: Any):
             made.append(settings)
 
-    monkeypatch.setattr(network_trainer, "HubUploader", Uploader)
+    monkeypatch.setattr(prepare, "HubUploader", Uploader)
     words = ["--huggingface_repo_id", "me/lora"]
     for more in (
         [],
@@ -368,8 +368,8 @@ def test_hub_options_reach_the_uploader(workshop: Workshop, tmp_path: Path, monk
     ):
         resolved = resolve_options(workshop.arguments(tmp_path, *words, *more))
         trainer = Sd3NetworkTrainer(resolved.args)
-        trainer.start_processes()
-        trainer.start_uploads()
+        trainer.start()
+        trainer.prepare()
     plain, placed, public = made
     assert (plain.repo_type, plain.path_in_repo, plain.in_background) == ("model", "", False)
     assert (placed.repo_type, placed.path_in_repo, placed.in_background) == ("dataset", "a", True)

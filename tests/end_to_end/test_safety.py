@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_while_a_state_is_written_leaves_the_one_before(
     ("doing", "target"),
     [
         ("drawing previews", "library.sd3.codec.LatentCodec.decode"),
-        ("validating", "sd3_train_network.Sd3NetworkTrainer.validation_losses"),
+        ("validating", "library.monitoring.validation.validate"),
     ],
 )
 def test_a_memory_that_is_full_between_steps_is_told_with_what_was_done(

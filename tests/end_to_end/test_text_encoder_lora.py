@@ -16,7 +16,7 @@ T5 = ("--network_args", "train_t5xxl=True")
 
 
 def rates(run) -> dict[str, float]:
-    return {group["name"]: group["lr"] for group in run.trainer.optimizer.optimizer.param_groups}
+    return {group["name"]: group["lr"] for group in run.trainer.optimization.optimizer.optimizer.param_groups}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,8 @@ def test_an_encoder_of_rate_zero_gets_no_lora(workshop: Workshop, tmp_path: Path
 
 def test_only_trained_encoders_build_a_graph_and_all_stay_in_eval_mode(workshop: Workshop, tmp_path: Path):
     run = train(workshop, tmp_path, "--text_encoder_lr", "1e-3", "0", "--gradient_checkpointing", max_train_steps=1)
-    encoding = run.trainer.encoding_of(["a cat"], None)
+    roles = run.trainer.texts.roles
+    encoding = run.trainer.encoders.encode(["a cat"], roles.live, roles.trained)
     graphs = {name: tensor.requires_grad for name, tensor in encoding.to_dict().items()}
     assert graphs == {"clip_l": True, "pooled_l": True, "clip_g": False, "pooled_g": False, "t5": False}
     assert not any(module.training for model in run.trainer.encoders.models.values() for module in model.modules())
@@ -138,13 +139,13 @@ def test_network_weights_of_another_shape_are_named(workshop: Workshop, tmp_path
 def test_a_trained_t5_must_be_on_the_training_device(workshop: Workshop, tmp_path: Path, monkeypatch):
     from sd3_train_network import Sd3NetworkTrainer
 
-    start = Sd3NetworkTrainer.start_processes
+    start = Sd3NetworkTrainer.start
 
     def elsewhere(self) -> None:
         start(self)
         self.device = torch.device("cuda", 0)
 
-    monkeypatch.setattr(Sd3NetworkTrainer, "start_processes", elsewhere)
+    monkeypatch.setattr(Sd3NetworkTrainer, "start", elsewhere)
     with pytest.raises(UserError, match="t5xxl_device cpu can't be combined with train_t5xxl"):
         train(workshop, tmp_path, *T5, t5xxl_device="cpu")
 

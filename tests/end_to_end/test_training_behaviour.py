@@ -200,7 +200,7 @@ def test_number_formats(workshop: Workshop, tmp_path: Path, words, computes, tra
     run = train(workshop, tmp_path, UNET, *words, max_train_steps=1)
     trainer = run.trainer
     assert trainer.denoiser.dtype == computes and trainer.encoders.model("t5xxl").dtype == computes
-    assert {parameter.dtype for parameter in trainer.parameters} == {trained}
+    assert {parameter.dtype for parameter in trainer.optimization.parameters} == {trained}
     assert next(trainer.codec.vae.parameters()).dtype == vae
     assert all(np.isfinite(loss) for loss in run.losses) and run.moved()["unet"] > 0
 
@@ -220,8 +220,10 @@ def test_t5_gives_as_many_rows_as_asked(workshop: Workshop, tmp_path: Path, leng
             max_train_steps=1,
             train_batch_size=1,
         )
-        batch = next(iter(run.trainer.loader.batches(0)))
-        context, pooled, _ = run.trainer.conditioning(batch, StepGenerators(torch.device("cpu")), training=True)
+        batch = next(iter(run.trainer.session_data().loader.batches(0)))
+        context, pooled, _ = run.trainer.make_conditioner().of_batch(
+            batch, StepGenerators(torch.device("cpu")), training=True
+        )
         assert context.shape[1] == 77 + length and pooled.shape == (2, 192)
 
 
@@ -238,10 +240,10 @@ def test_masks_act_alike_live_and_cached(workshop: Workshop, tmp_path: Path):
 @pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5"])
 def test_a_dropout_rate_zeroes_its_own_encoder_in_training_alone(workshop: Workshop, tmp_path: Path, name: str):
     run = train(workshop, tmp_path, UNET, max_train_steps=1, **{f"{name}_dropout_rate": "1"})
-    batch = next(iter(run.trainer.loader.batches(0)))
+    batch = next(iter(run.trainer.session_data().loader.batches(0)))
     draws = StepGenerators(torch.device("cpu"))
-    trained, _, _ = run.trainer.conditioning(batch, draws, training=True)
-    checked, _, _ = run.trainer.conditioning(batch, draws, training=False)
+    trained, _, _ = run.trainer.make_conditioner().of_batch(batch, draws, training=True)
+    checked, _, _ = run.trainer.make_conditioner().of_batch(batch, draws, training=False)
     shares = {"clip_l": np.s_[:, :77, :64], "clip_g": np.s_[:, :77, 64:192], "t5": np.s_[:, 77:]}
     for share, place in shares.items():
         assert checked[place].abs().max() > 0
@@ -251,18 +253,19 @@ def test_a_dropout_rate_zeroes_its_own_encoder_in_training_alone(workshop: Works
 def test_the_position_table_is_cropped_at_random_in_training_alone(workshop: Workshop, tmp_path: Path):
     run = train(workshop, tmp_path, UNET, pos_emb_random_crop_rate="1", max_train_steps=1)
     seed_everything(3)
-    crops = [run.trainer.position_embedding((64, 64), training=True) for _ in range(8)]
+    positions = run.trainer.make_conditioner().positions
+    crops = [positions.of_size((64, 64), training=True) for _ in range(8)]
     assert len({float(crop.sum()) for crop in crops if crop is not None}) > 4
-    assert run.trainer.position_embedding((64, 64), training=False) is None
+    assert positions.of_size((64, 64), training=False) is None
     state = random.getstate()
-    run.trainer.position_embedding((64, 64), training=False)
+    positions.of_size((64, 64), training=False)
     assert random.getstate() == state
 
 
 def test_the_position_table_is_scaled_to_the_datasets_resolution(workshop: Workshop, tmp_path: Path):
     run = train(workshop, tmp_path, UNET, "--enable_scaled_pos_embed", max_train_steps=1)
     plain = train(workshop, tmp_path / "plain", UNET, max_train_steps=1)
-    table = run.trainer.position_embedding((64, 64), training=False)
+    table = run.trainer.make_conditioner().positions.of_size((64, 64), training=False)
     assert table is not None and table.shape == (1, 16, 128)
     assert run.losses != plain.losses
 
