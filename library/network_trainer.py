@@ -41,7 +41,6 @@ from library.preflight.prepare import Prepared, prepare_run
 from library.preflight.settings import models, monitoring, plan as plans, saving, training
 from library.saving.metadata import FamilyFacts
 from library.saving.resume import whole_state
-from library.saving.saver import translate_write_errors
 from library.saving.state import SavedState
 from library.training.adapted_model import AdaptedModel, Conditioner
 from library.training.callback_settings import TrackingSettings
@@ -96,6 +95,9 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         if self.args.dry_run or self.args.debug_dataset:
             self.show_plan()
             return None
+        finished = saving.finished_lora(self.args, self.plan, self.state, self.inspector, self.accelerator)
+        if finished is not None:
+            return finished
         self.fetch_state()
         with self.doing("captions were encoded"):
             self.cache_texts()
@@ -140,8 +142,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         if args.debug_dataset:
             settings = replace(training.loader_settings(args, plan, 0, self.device), workers=0, pin_memory=False)
             folder, name = Path(args.output_dir) / "dataset", args.output_name or "last"
-            with translate_write_errors(folder):
-                draw_dataset(plan.training, plan.validation, settings, folder, name)
+            draw_dataset(plan.training, plan.validation, settings, folder, name)
 
     def fetch_state(self) -> None:
         """Download the whole of a state on the Hub, of which preparing has read the progress alone."""

@@ -16,6 +16,7 @@ from library.data.batch import Batch
 from library.data.batches import BatchPlan
 from library.data.loader import BucketExamples, LoaderSettings, bucket_examples
 from library.monitoring.contact_sheet import fitted
+from library.saving.saver import translate_write_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +31,9 @@ def draw_dataset(
     """Draw sheets of the images of each bucket in `folder` and print their paths."""
     for kind, plan in (("training", training), ("validation", validation)):
         if plan is not None:
-            for path in write_dataset_sheets(bucket_examples(plan, settings, PICTURES), folder, f"{name}-{kind}"):
+            with translate_write_errors(folder):
+                paths = write_dataset_sheets(bucket_examples(plan, settings, PICTURES), folder, f"{name}-{kind}")
+            for path in paths:
                 print(f"{kind}: {path}")
 
 

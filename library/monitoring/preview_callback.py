@@ -10,9 +10,9 @@ from torch import nn
 
 from library.monitoring.contact_sheet import PreviewRecord, write_sheet
 from library.monitoring.metrics import RunMetrics
-from library.monitoring.previews import Preview, step_tag
+from library.monitoring.previews import Preview
 from library.saving.saver import BackgroundSaver
-from library.training.callback_settings import PreviewSchedule
+from library.training.callback_settings import PreviewSchedule, step_tag
 from library.training.train_progress import StepReport, TrainProgress
 from networks.network import Network
 
@@ -49,12 +49,24 @@ class Previews:
             self.make(progress, epoch=0 if self.schedule.every_epochs else None)
 
     def on_step_end(self, report: StepReport) -> None:
-        if self.schedule.step_is_due(report.progress.step):
+        if not self._is_last(report.progress) and self.schedule.step_is_due(report.progress.step):
             self.make(report.progress, epoch=None)
 
     def on_epoch_end(self, progress: TrainProgress) -> None:
-        if self.schedule.epoch_is_due(progress.epoch):
+        if not self._is_last(progress) and self.schedule.epoch_is_due(progress.epoch):
             self.make(progress, progress.epoch)
+
+    def finish(self, progress: TrainProgress) -> None:
+        """Draw what is due after the last step, unless it was drawn before. Call it once the final LoRA is saved."""
+        ends_epoch = progress.batch == 0 and self.schedule.epoch_is_due(progress.epoch)
+        if not ends_epoch and not self.schedule.step_is_due(progress.step):
+            return
+        own = [record for record in self.records if record.step == progress.step]
+        if not self.gather(own):  # rank 0 alone knows what an earlier process has drawn
+            self.make(progress, progress.epoch if ends_epoch else None)
+
+    def _is_last(self, progress: TrainProgress) -> bool:
+        return progress.step >= self.metrics.settings.max_steps
 
     def make(self, progress: TrainProgress, epoch: int | None) -> None:
         """Draw all previews now; a run that is stopping does not wait for them. epoch: in their names in place of the step."""

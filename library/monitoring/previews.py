@@ -129,8 +129,3 @@ class Previewer(Generic[C]):
             f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\nSteps: {prompt.steps}, Sampler: {sampler}, "
             f"CFG scale: {prompt.guidance}, Seed: {seed}, Size: {prompt.width}x{prompt.height}, Shift: {prompt.shift}"
         )
-
-
-def step_tag(step: int, epoch: int | None) -> str:
-    """The part of a preview's file name that says when it was made: e + epoch, or the step."""
-    return f"{step:06d}" if epoch is None else f"e{epoch:06d}"

@@ -44,6 +44,7 @@ from library.training.optimizers import logged_rates
 from library.training.signals import StopSignals
 from library.training.step import BatchLosses, TrainingStep
 from library.training.stop_control import StopControl
+from library.training.train_progress import TrainProgress
 from networks.network import Network
 
 if TYPE_CHECKING:
@@ -105,13 +106,13 @@ class TrainingSession(Generic[C]):
         metrics = self._metrics(scalars, averages, checkpoints)
         stop = StopControl(signals, Agreement(self.accelerator.num_processes), checkpoints.minutes_are_up)
         report = self._report(metrics, records, lambda: signals.received is not None)
-        previews = self._previews(metrics, stop, saver, records)
+        validation, previews = self._validation(metrics, stop), self._previews(metrics, stop, saver, records)
         in_order: list[Callback | None] = [
             report,
             metrics,
             stop,
             StepCheckpoints(checkpoints, stop.should_save, stop.save_is_requested),
-            self._validation(metrics, stop),
+            validation,
             EpochCheckpoints(checkpoints),
             previews,
         ]
@@ -132,9 +133,26 @@ class TrainingSession(Generic[C]):
                 checkpoints.save_stopped(progress)
                 checkpoints.flush()
                 stop.exit(progress.step)
-            path = checkpoints.save_final(progress, self.save_encoders)
+            return self._finish(progress, checkpoints, validation, previews)
+
+    def _finish(
+        self,
+        progress: TrainProgress,
+        checkpoints: Checkpoints,
+        validation: Validation | None,
+        previews: Previews | None,
+    ) -> Path:
+        """Save the final LoRA; then do what takes long, so that a run that is killed meanwhile has it."""
+        path = checkpoints.save_final(progress, self.save_encoders)
+        checkpoints.flush()
+        if validation is not None:
+            validation.finish(progress)
+        checkpoints.save_final_state(progress)  # the schedule has seen the validation loss
+        checkpoints.flush()
+        if previews is not None:
+            previews.finish(progress)
             checkpoints.flush()
-            return path
+        return path
 
     def _components(self, averages: LossAverages) -> Components:
         trained = self.optimization

@@ -45,12 +45,22 @@ class Validation:
         self.should_stop, self.contexts = should_stop, contexts
 
     def on_step_end(self, report: StepReport) -> None:
-        if self.settings.step_is_due(report.progress.step):
+        if not self._is_last(report.progress) and self.settings.step_is_due(report.progress.step):
             self.run(report.progress, "step")
 
     def on_epoch_end(self, progress: TrainProgress) -> None:
-        if self.settings.epoch_is_due(progress.epoch):
+        if not self._is_last(progress) and self.settings.epoch_is_due(progress.epoch):
             self.run(progress, "epoch")
+
+    def finish(self, progress: TrainProgress) -> None:
+        """Do what is due after the last step. Call it once the final LoRA is saved."""
+        if self.settings.step_is_due(progress.step):
+            self.run(progress, "step")
+        if progress.batch == 0 and self.settings.epoch_is_due(progress.epoch):
+            self.run(progress, "epoch")
+
+    def _is_last(self, progress: TrainProgress) -> bool:
+        return progress.step >= self.metrics.settings.max_steps
 
     def run(self, progress: TrainProgress, kind: str) -> None:
         """Validate and record the loss. A run that is stopping does not wait for it. kind: "step" or "epoch"."""

@@ -39,6 +39,10 @@ class SavingSettings:
     keep_steps: int | None = None
     keep_step_states: int | None = None
 
+    @property
+    def saves_final_state(self) -> bool:
+        return self.save_state or self.save_state_at_end
+
 
 class Checkpoints:
     """Saves LoRA files and states under their names. All ranks call it; rank 0 writes the files."""
@@ -82,14 +86,17 @@ class Checkpoints:
             self.states.save(names.state_epoch(epoch), progress, lambda: obsolete(keep, True))
 
     def save_final(self, progress: TrainProgress, save_encoders: SaveEncoders) -> Path:
-        """Save the finished LoRA, the state and the text encoders where they are asked for. Returns the LoRA's path."""
+        """Save the finished LoRA, and the text encoders where they are asked for. Returns the LoRA's path."""
         path = self.names.final()
         self._save_weights(path, progress, final=True)
-        if self.settings.save_state or self.settings.save_state_at_end:
-            self.states.save(self.names.state_final(), progress)
         if self.files.metadata is not None:
             self._save_encoders(path, save_encoders)
         return path
+
+    def save_final_state(self, progress: TrainProgress) -> None:
+        """Save the state of the finished run where it is asked for."""
+        if self.settings.saves_final_state:
+            self.states.save(self.names.state_final(), progress)
 
     def flush(self) -> None:
         """Wait until everything is on the disk."""

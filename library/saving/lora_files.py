@@ -55,6 +55,11 @@ class LoraFileSettings:
     format: str = "kohya"
     ema_beside: bool = True  # the EMA in a file of its own; False: in place of the live weights
 
+    def names_of(self, path: Path, has_average: bool) -> list[Path]:
+        """All files of one save of `path`."""
+        bases = [path, average_name(path)] if has_average and self.ema_beside else [path]
+        return [target for base in bases for target, _ in self.formats_of(base, {})]
+
     def formats_of(self, path: Path, tensors: dict[str, Tensor]) -> list[tuple[Path, dict[str, Tensor]]]:
         """The files of `format`: the diffusers file has a name of its own beside the kohya file."""
         files = [(path, tensors)] if self.format != "diffusers" else []
@@ -62,6 +67,11 @@ class LoraFileSettings:
             target = path if self.format == "diffusers" else path.with_name(f"{path.stem}-diffusers{path.suffix}")
             files.append((target, to_diffusers(tensors)))
         return files
+
+
+def average_name(path: Path) -> Path:
+    """The file of the EMA beside that of the live weights."""
+    return path.with_name(f"{path.stem}-ema{path.suffix}")
 
 
 class LoraFileWriter:
@@ -108,7 +118,7 @@ class LoraFileWriter:
             with self.weights.optimizer.evaluation_weights():
                 files.append((path, network.state_dict_for_saving(dtype)))
         if ema is not None:
-            target = path.with_name(f"{path.stem}-ema{path.suffix}") if self.settings.ema_beside else path
+            target = average_name(path) if self.settings.ema_beside else path
             files.append((target, network.state_dict_for_saving(dtype, ema.averages)))
         return files
 

@@ -70,7 +70,7 @@ def resume_problems(
             f"--resume {state.folder}: options that shape the run have changed: {'; '.join(differences)}. "
             "Give the old values, or start a new run with --network_weights."
         )
-    if max_steps is not None and state.position.step >= max_steps:
+    if max_steps is not None and state.position.step > max_steps:
         problems.append(
             f"--resume {state.folder}: the state is at step {state.position.step}, and the run is to end at "
             f"{max_steps}. Raise --max_train_steps or --max_train_epochs."

@@ -95,6 +95,11 @@ class PreviewSchedule:
         return bool(self.every_epochs) and epoch % (self.every_epochs or 1) == 0
 
 
+def step_tag(step: int, epoch: int | None) -> str:
+    """The part of a preview's file name that says when it was made: e + epoch, or the step."""
+    return f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+
+
 @dataclass(frozen=True)
 class ReportSettings:
     """path: of the report. network: --network_module. changed, defaults: options and their values as text."""

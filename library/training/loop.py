@@ -47,6 +47,8 @@ class TrainingLoop:
         batches_of(epoch, start): this process's micro-batches of an epoch from number `start` on. samples_of(epoch): the number of
         samples of each of the epoch's micro-batches, summed over all processes. An epoch's last step may have fewer micro-batches.
         """
+        if progress.step >= self.max_steps and 0 < len(samples_of(progress.epoch)) <= progress.batch:
+            progress = self._end_epoch(progress)  # of a run that was killed after its last step
         while progress.step < self.max_steps and not self.should_stop():
             samples = samples_of(progress.epoch)
             loader = iter(batches_of(progress.epoch, progress.batch))
@@ -59,7 +61,11 @@ class TrainingLoop:
                 if self.should_stop():
                     break
             if progress.batch >= len(samples):
-                progress = replace(progress, epoch=progress.epoch + 1, batch=0)
-                for callback in self.callbacks:
-                    callback.on_epoch_end(progress)
+                progress = self._end_epoch(progress)
+        return progress
+
+    def _end_epoch(self, progress: TrainProgress) -> TrainProgress:
+        progress = replace(progress, epoch=progress.epoch + 1, batch=0)
+        for callback in self.callbacks:
+            callback.on_epoch_end(progress)
         return progress

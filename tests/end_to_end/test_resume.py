@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -13,12 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.common.safetensors_header import read_header
 from library.monitoring.metrics import RunMetrics
+from library.monitoring.previews import Previewer
+from library.monitoring.validation import Validation
 from library.saving.state import newest_state
 from sd3_train_network import main
 from tests.end_to_end.conftest import ROOT, Workshop
 from tests.warm_processes import Process, start_python
 
+UNET = "--network_train_unet_only"
 # Everything that draws random numbers, and a last batch and a last group that are short.
 EVERYTHING = (
     *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.1"),
@@ -161,3 +167,111 @@ def test_resuming_with_options_that_change_the_run_names_them(workshop: Workshop
 def test_resume_auto_without_a_state_starts_anew(workshop: Workshop, tmp_path: Path):
     assert main(workshop.arguments(tmp_path, "--resume", "auto", "--network_train_unet_only", max_train_steps=1)) == 0
     assert (tmp_path / "lora.safetensors").exists()
+
+
+def run_to_the_end(workshop: Workshop, folder: Path, *more: str) -> list[str]:
+    """The options of a run that was killed, or had finished, with --resume auto at their end."""
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
+    drawing = (
+        "--sample_prompts",
+        str(prompts),
+        "--sample_every_n_epochs",
+        "1",
+        "--ema_decay",
+        "0.9",
+        "--cache_latents",
+    )
+    words = workshop.arguments(folder, UNET, *drawing, *more, max_train_steps=6, save_every_n_steps=3)
+    assert main([*words, "--save_state"]) == 0
+    return [*words, "--save_state", "--resume", "auto"]
+
+
+def no_model(*args: object, **kwargs: object) -> None:
+    raise AssertionError("a model is loaded")
+
+
+def test_resume_of_a_finished_run_says_so_and_loads_no_model(workshop: Workshop, tmp_path: Path, monkeypatch, capfd):
+    words = run_to_the_end(workshop, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    monkeypatch.setattr("sd3_train_network.load_mmdit", no_model)
+    for resume in ("auto", tmp_path / "out" / "lora-state", tmp_path / "out" / "lora-step00000006-state"):
+        assert main([*words, "--resume", str(resume)]) == 0
+        assert "Already finished at step 6" in "".join(capfd.readouterr())
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert main([*words, "--learning_rate", "5e-4"]) == 2  # not the run that had finished
+    assert main([*words, "--max_train_steps", "5"]) == 2
+    assert "the state is at step 6, and the run is to end at 5" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [("lora*.safetensors", "lora-state", "sample/*"), ("lora-state",), ("sample/*",)])
+def test_a_run_killed_after_its_last_step_is_finished_by_resume_auto(workshop: Workshop, tmp_path: Path, lost):
+    folder = tmp_path / "out"
+    words = run_to_the_end(workshop, folder)
+    names = ("lora.safetensors", "lora-ema.safetensors")
+    whole, metadata = [weights(folder, name) for name in names], facts(folder / names[0])
+    count = len(list(folder.glob("sample/*")))
+    lines = (folder / "lora.metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    if lost[-1] == "sample/*":  # the record comes after the pictures
+        lines = [line for line in lines if '"path"' not in line]
+        (folder / "lora.metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for pattern in lost:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(words) == 0
+    assert all(same(before, weights(folder, name)) for before, name in zip(whole, names))
+    assert facts(folder / names[0]) == metadata
+    state = newest_state(folder, "lora")
+    assert state is not None and state.folder.name == "lora-state" and state.position.step == 6
+    assert len(list(folder.glob("sample/*"))) == count == 1
+
+
+def facts(path: Path) -> dict[str, str]:
+    metadata = read_header(path).metadata
+    return {key: metadata[key] for key in ("ss_steps", "ss_epoch", "ss_num_epochs", "sshs_model_hash")}
+
+
+def test_a_final_file_of_an_earlier_run_does_not_pass_for_the_end_of_this_one(workshop: Workshop, tmp_path: Path):
+    """Extended, and killed between its last state and the final LoRA: the file of the shorter run is still there."""
+    words = workshop.arguments(tmp_path / "out", UNET, "--save_state", "--resume", "auto", save_every_n_steps=2)
+    assert main([*words, "--max_train_steps", "2"]) == 0
+    shorter = tmp_path / "shorter.safetensors"
+    shutil.copy2(tmp_path / "out" / "lora.safetensors", shorter)
+    assert main([*words, "--max_train_steps", "4"]) == 0
+    longer = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "lora-state")
+    os.replace(shorter, tmp_path / "out" / "lora.safetensors")
+    assert main([*words, "--max_train_steps", "4"]) == 0
+    assert same(weights(tmp_path / "out"), longer)
+
+
+def test_the_final_lora_is_there_before_the_last_previews_and_validation(
+    workshop: Workshop, tmp_path: Path, monkeypatch
+):
+    """Who kills a run that has trained all of its steps loses nothing of it."""
+    dataset = workshop.dataset.read_text(encoding="utf-8").replace(
+        "resolution = 64", "resolution = 64\nvalidation_split = 0.2", 1
+    )
+    (tmp_path / "d.toml").write_text(dataset, encoding="utf-8")
+    (tmp_path / "p.txt").write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
+    seen = []
+
+    def note(what: str, plain):
+        def wrapped(*args, **kwargs):
+            final, state = (tmp_path / "out" / name for name in ("lora.safetensors", "lora-state"))
+            seen.append((what, final.exists(), state.exists()))
+            return plain(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(Previewer, "make", note("previews", Previewer.make))
+    monkeypatch.setattr(Validation, "run", note("validation", Validation.run))
+    more = ("--sample_prompts", str(tmp_path / "p.txt"), "--sample_every_n_steps", "2", "--validate_every_n_steps", "2")
+    words = workshop.arguments(tmp_path / "out", UNET, "--save_state", *more, dataset_config=tmp_path / "d.toml")
+    assert main([*words, "--max_train_steps", "4"]) == 0
+    assert seen == [
+        ("validation", False, False),
+        ("previews", False, False),
+        ("validation", True, False),
+        ("previews", True, True),
+    ]

@@ -17,7 +17,8 @@ from library.common.seeds import preserve_rng_state
 from library.data.prompts import PreviewPrompt
 from library.monitoring import contact_sheet, previews
 from library.monitoring.contact_sheet import PreviewRecord, columns_of, write_sheet
-from library.monitoring.previews import Previewer, PreviewSettings, step_tag
+from library.monitoring.previews import Previewer, PreviewSettings
+from library.training.callback_settings import step_tag
 from library.training.ema import WeightEma
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from library.options.values import (
     metadata_options,
     modelspec_options,
 )
-from library.preflight.inspector import Files
+from library.preflight.inspector import Files, ModelInspector
 from library.preflight.plan import RunPlan
 from library.preflight.run_length import initial_progress
+from library.preflight.settings.monitoring import preview_schedule
 from library.preflight.settings.plan import length_settings, state_options
 from library.saving.checkpoints import SavingSettings
 from library.saving.dataset_facts import facts_of_datasets
+from library.saving.finished import FinalOutputs
 from library.saving.lora_files import SAVE_DTYPES, LoraFileSettings
 from library.saving.metadata import FamilyFacts, RunFacts
 from library.saving.modelspec import ModelSpec, thumbnail_url
@@ -26,6 +29,8 @@ from library.saving.names import OutputNames, SaveSchedule, epochs_between_saves
 from library.saving.restore import StartSettings
 from library.saving.run_facts import NetworkFacts, TrainingFacts, model_spec, training_facts
 from library.saving.state import SavedState
+from library.saving.text_encoders import encoders_to_save
+from library.training.callback_settings import step_tag
 from library.training.optimization import Optimization
 from networks.network import Network
 from networks.network_layer import NetworkLayer
@@ -56,6 +61,45 @@ def saving_settings(args: argparse.Namespace, epochs: int) -> SavingSettings:
         keep_steps=args.save_last_n_steps,
         keep_step_states=args.save_last_n_steps_state,
     )
+
+
+def final_outputs(args: argparse.Namespace, plan: RunPlan[Files], encoders: Sequence[str]) -> FinalOutputs:
+    """What the run leaves at its end. encoders: those that the files of the model hold."""
+    saving, length = saving_settings(args, plan.length.epochs), plan.length
+    final = saving.names.final()
+    schedule, ends_epoch = preview_schedule(args), length.max_steps == length.epochs * length.steps_per_epoch
+    tag = None
+    if schedule is not None and ends_epoch and schedule.epoch_is_due(length.epochs):
+        tag = step_tag(length.max_steps, length.epochs)
+    elif schedule is not None and schedule.step_is_due(length.max_steps):
+        tag = step_tag(length.max_steps, None)
+    name = f"{args.output_name}_" if args.output_name else ""
+    saved = encoders_to_save(args.save_clip, args.save_t5xxl)
+    return FinalOutputs(
+        names=saving.names,
+        max_steps=length.max_steps,
+        lora_files=lora_file_settings(args).names_of(final, bool(args.ema_decay)),
+        other_files=[
+            final.with_name(f"{final.stem}_{encoder}.safetensors") for encoder in encoders if encoder in saved
+        ],
+        saves_state=saving.saves_final_state,
+        previews=[f"sample/{glob.escape(name)}{tag}_{index:02d}_*.png" for index in range(len(plan.prompts))]
+        if tag
+        else (),
+    )
+
+
+def finished_lora(
+    args: argparse.Namespace,
+    plan: RunPlan[Files],
+    state: SavedState | None,
+    inspector: ModelInspector[Files],
+    accelerator: Accelerator,
+) -> Path | None:
+    """The LoRA of a run that has nothing left to do: --resume of a finished one. None where there is something."""
+    if state is None or length_settings(args).sets_start:
+        return None
+    return final_outputs(args, plan, inspector.present_encoders(plan.files)).finished_lora(state, accelerator)
 
 
 def network_facts(args: argparse.Namespace, layers: Mapping[str, NetworkLayer]) -> NetworkFacts:
