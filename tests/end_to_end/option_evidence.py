@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from library.data.command_line import data_options
+from library.preflight.settings.monitoring import preview_settings, validation_settings
 from sd3_train_network import Sd3NetworkTrainer
 
 PLANNED = {
@@ -151,7 +152,7 @@ PEEK: dict[str, tuple[str, Peek]] = {
     ),
     "cache_dir": ("--cache_dir {out}/cache | --cache_latents_to_disk", lambda t: t.latents.training.settings.cache_dir),
     "skip_cache_check": ("--skip_cache_check | --cache_latents", lambda t: t.latents.training.settings.skip_validation),
-    "validation_seed": ("--validation_seed 3", lambda t: t.validation_seed),
+    "validation_seed": ("--validation_seed 3", lambda t: validation_settings(t.args, t.plan).seed),
     "fp8_base": ("--fp8_base", lambda t: placement(t).t5_quantization),
     "fp8_base_unet": ("--fp8_base_unet", lambda t: type(qkv(t))),
     "lean_activations": ("--lean_activations", lambda t: t.denoiser.run_block.__qualname__),
@@ -162,7 +163,7 @@ PEEK: dict[str, tuple[str, Peek]] = {
     "highvram": ("--highvram", lambda t: placement(t).keep_freed_memory),
     "sample_sampler": (
         "--sample_sampler heun | --sample_prompts {prompts} --sample_at_first",
-        lambda t: t.make_previewer().settings.sampler,
+        lambda t: preview_settings(t.args, t.plan, 0, 1).sampler,
     ),
     "ddp_timeout": ("--ddp_timeout 3", lambda t: t.accelerator.init_handler and t.accelerator.init_handler.timeout),
 }

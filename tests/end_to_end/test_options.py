@@ -296,7 +296,7 @@ def test_lowram_reads_the_denoiser_onto_its_device(workshop: Workshop, tmp_path:
     import sd3_train_network
 
     asked: list[str] = []
-    load, start = sd3_train_network.load_mmdit, Sd3NetworkTrainer.start_processes
+    load, start = sd3_train_network.load_mmdit, Sd3NetworkTrainer.start
 
     def note_device(part: Any, device: Any, *rest: Any) -> Any:
         asked.append(str(device))
@@ -307,7 +307,7 @@ def test_lowram_reads_the_denoiser_onto_its_device(workshop: Workshop, tmp_path:
         self.device = torch.device("cpu", 0)  # the training device, told from host memory by its number
 
     monkeypatch.setattr(sd3_train_network, "load_mmdit", note_device)
-    monkeypatch.setattr(Sd3NetworkTrainer, "start_processes", on_first_processor)
+    monkeypatch.setattr(Sd3NetworkTrainer, "start", on_first_processor)
     plain = train(workshop, tmp_path / "a", UNET, max_train_steps=1)
     spared = train(workshop, tmp_path / "b", UNET, "--lowram", max_train_steps=1)
     assert asked == ["cpu", "cpu:0"] and plain.losses == spared.losses
