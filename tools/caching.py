@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from library.common.errors import UserError
+from library.common.logging_setup import start_logging
 from library.options.parser import build_parser
 from library.options.resolve import resolve_options
 
@@ -26,8 +27,6 @@ def run_cache(
 
     tool, description: the file's name and docstring, for --help.
     """
-    import logging
-
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "-h" in words or "--help" in words:
         build_parser(tool, description or "").print_help()
@@ -41,9 +40,8 @@ def run_cache(
             options = resolve_options([*words, switch])
             if options.args.output_config:
                 raise UserError("--output_config is for sd3_train_network.py, which reads and writes the same files.")
-            logging.basicConfig(
-                level="INFO", format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True
-            )
+            args = options.args
+            start_logging(args.console_log_level, args.console_log_file, args.console_log_simple)
             from sd3_train_network import Sd3NetworkTrainer
 
             trainer = Sd3NetworkTrainer(options.args, options.problems)

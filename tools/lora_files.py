@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.files import atomic_write, save_safetensors
+from library.common.logging_setup import ConsoleHandler
 from library.common.safetensors_header import read_header
 from library.common.tensor_io import DTYPE_NAMES
 from library.saving.model_hash import lora_hashes
@@ -107,7 +108,7 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
 
 def run_tool(tool: Callable[[], int]) -> int:
     """Run a tool's work and return the exit code: 2 after a mistake of the user, which it prints."""
-    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level="INFO", format="%(message)s", handlers=[ConsoleHandler(all_to_stderr=True)])
     try:
         return tool()
     except UserError as error:

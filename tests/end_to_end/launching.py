@@ -29,12 +29,12 @@ def launch(launcher: list[str], arguments: list[str], more: dict[str, str] | Non
 def finished(process: Process) -> str:
     """What it told; fails where it did not end well. One that hangs is ended: the launcher takes its processes along."""
     try:
-        _, told = process.communicate(timeout=240)
+        out, error = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         process.terminate()
         raise
-    assert process.returncode == 0, told[-4000:]
-    return told
+    assert process.returncode == 0, error[-4000:]
+    return out + error
 
 
 def stand_in_for_deepspeed(folder: Path) -> dict[str, str]:

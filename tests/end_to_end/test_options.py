@@ -236,15 +236,15 @@ def test_a_dry_run_and_a_look_at_the_dataset_train_nothing(workshop: Workshop, t
 
 
 @pytest.mark.parametrize(
-    ("words", "written"),
+    ("words", "out", "error"),
     [
-        ("", r"\d\d:\d\d:\d\d INFO    told\n\d\d:\d\d:\d\d ERROR   alas\n"),
-        ("--console_log_simple", r"told\nalas\n"),
-        ("--console_log_level ERROR", r"\d\d:\d\d:\d\d ERROR   alas\n"),
-        ("--console_log_file {log}", r""),
+        ("", r"\d\d:\d\d:\d\d INFO    told\n", r"\d\d:\d\d:\d\d ERROR   alas\n"),
+        ("--console_log_simple", r"told\n", r"alas\n"),
+        ("--console_log_level ERROR", r"", r"\d\d:\d\d:\d\d ERROR   alas\n"),
+        ("--console_log_file {log}", r"", r""),
     ],
 )
-def test_console_options(tmp_path: Path, words: str, written: str):
+def test_console_options(tmp_path: Path, words: str, out: str, error: str):
     """In a process of its own: pytest has the log of this one."""
     log = tmp_path / "log.txt"
     script = (
@@ -253,7 +253,7 @@ def test_console_options(tmp_path: Path, words: str, written: str):
     )
     arguments = shlex.split(words.format(log=log.as_posix()))
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
-    assert re.fullmatch(written, done.stderr), done.stderr
+    assert re.fullmatch(out, done.stdout) and re.fullmatch(error, done.stderr), (done.stdout, done.stderr)
     assert log.exists() == ("--console_log_file" in words)
     if log.exists():
         assert log.read_text(encoding="utf-8").count("\n") == 2

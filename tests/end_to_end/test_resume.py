@@ -129,7 +129,7 @@ def test_a_signal_saves_lora_and_state_and_says_how_to_go_on(workshop: Workshop,
         lambda: (tmp_path / "lora.metrics.jsonl").exists() and (tmp_path / "lora.metrics.jsonl").stat().st_size > 0
     )
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    told = "".join(process.communicate(timeout=60))
     assert process.returncode == 128 + number, told
     assert "--resume auto" in told and "Traceback" not in told
     state = newest_state(tmp_path, "lora")

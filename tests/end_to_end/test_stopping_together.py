@@ -32,7 +32,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(workshop: Workshop,
     (first,) = tmp_path.glob("lora-step*-state")
     assert launcher.poll() is None and len(list(first.glob("random_states_*.pt"))) == 2
     ranks[1].send_signal(signal.SIGTERM)
-    _, told = launcher.communicate(timeout=120)
+    told = "".join(launcher.communicate(timeout=120))
     assert "--resume auto" in told, told[-3000:]
     state = newest_state(tmp_path, "lora")
     assert state is not None and state.position.step > 0

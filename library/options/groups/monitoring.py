@@ -86,8 +86,8 @@ LOGGING = Group(
         ),
         Option(
             "--console_log_file",
-            "Write the messages to this file instead of the console.",
-            "メッセージをコンソールではなくこのファイルに書きます。",
+            "Write all messages to this file instead of the console, where warnings and errors go to stderr and the others to stdout.",
+            "すべてのメッセージをコンソールではなくこのファイルに書きます。コンソールでは警告とエラーがstderr、ほかはstdoutに出ます。",
             path,
             resume_safe=True,
         ),

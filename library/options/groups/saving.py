@@ -25,8 +25,8 @@ SAVING = Group(
         ),
         Option(
             "--save_precision",
-            "The number format of the saved LoRA. Unset, it is that of training.",
-            "保存するLoRAの数値形式。未指定なら学習と同じです。",
+            "The number format of the saved LoRA. Unset, it is that of training. Alphas and the magnitudes of DoRA are always float32.",
+            "保存するLoRAの数値形式。未指定なら学習と同じです。alphaとDoRAの大きさ(dora_scale)は常にfloat32です。",
             choices=("float", "fp16", "bf16"),
             resume_safe=True,
         ),
