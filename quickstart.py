@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"\nThis step failed with code {error.returncode}: {shown(error.cmd)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on with what is there.", file=sys.stderr)
+        return 130
 
 
 def run_train(output_dir: Path) -> int:
@@ -62,8 +65,10 @@ def run_train(output_dir: Path) -> int:
     ).stdout.splitlines()
     step("Training a LoRA. The command, to be copied:")
     print(shown(command), flush=True)
-    script_dir = python.parent
-    call([script_dir / command[0], *command[1:]], env=training_environment(script_dir))
+    # accelerate's launcher would end at Ctrl-C, with a traceback, before the trainer has saved: the script is started without it
+    script = command.index("sd3_train_network.py")
+    threads = command[command.index("--num_cpu_threads_per_process") + 1]
+    call([python, *command[script:]], env={**os.environ, "OMP_NUM_THREADS": threads})
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     step(f"Done in {minutes} min {seconds} s")
     print(f"LoRA:     {output_dir / 'zorp.safetensors'}")
@@ -115,12 +120,18 @@ def fingerprint(requirements: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def training_environment(script_dir: Path) -> dict[str, str]:
-    return {**os.environ, "PATH": os.pathsep.join([str(script_dir), os.environ.get("PATH", "")])}
-
-
 def call(command: list, env: dict[str, str] | None = None) -> None:
-    subprocess.run([str(word) for word in command], cwd=ROOT, env=env, check=True)
+    """Run a command. At Ctrl-C it gets SIGTERM, which ends it without a traceback, and the trainer after it has saved."""
+    words = [str(word) for word in command]
+    process = subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=os.name != "nt")
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, words)
 
 
 def shown(command: list) -> str:

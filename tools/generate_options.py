@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,7 +106,12 @@ def prompts_from(chosen: argparse.Namespace) -> list[PreviewPrompt]:
             )
         ]
     return [
-        prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + number)
+        replace(prompt, seed=seed + number)
         for prompt in prompts
+        for seed in [random_seed() if prompt.seed is None else prompt.seed]
         for number in range(chosen.images)
     ]
+
+
+def random_seed() -> int:
+    return secrets.randbelow(2**32)

@@ -32,6 +32,15 @@ def commands(guide: str, folder: str = "docs") -> list[str]:
 COMMANDS = [(guide, number) for guide in PAGES for number in range(len(commands(guide)))]
 
 
+def test_the_launcher_adds_no_traceback_of_its_own():
+    """`--quiet` is what keeps accelerate from printing one below the message of a program that ends with a code."""
+    pages = [ROOT / folder / page for folder in ("docs", "docs/ja") for page in PAGES]
+    for page in (ROOT / "README.md", ROOT / "docs" / "ja" / "README.md", *pages):
+        text = page.read_text(encoding="utf-8")
+        launches = re.findall(r"^accelerate launch (.*)$", text, re.MULTILINE)
+        assert [words for words in launches if not words.startswith("--quiet ")] == [], page
+
+
 def words_of(command: str) -> list[str]:
     """What stands behind the script's name, with values as words of their own."""
     words = shlex.split(command.replace("\\\n", " "))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from library.sd3.text_encoders import load_clip
 from sd3_train_network import main
-from tests.end_to_end.conftest import Workshop, run_command
+from tests.end_to_end.conftest import ROOT, Workshop, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,17 @@ def test_every_problem_is_told_at_once_by_the_real_command(tmp_path: Path):
     assert "Traceback" not in done.stderr
     for word in ("no.safetensors", "resolutoin", "resolution", "AdamWW", "min_timestep", "full_fp16"):
         assert word in done.stderr, word
+
+
+def test_the_message_is_the_last_thing_that_a_launched_command_prints(tmp_path: Path):
+    """With the launcher's words of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = text[text.index("accelerate launch") :].split("sd3_train_network.py")[0].split()[2:]
+    launcher = ("-m", "accelerate.commands.launch", *words)
+    done = run_command(["--learning_rat", "1"], launcher, {"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode != 0
+    assert "--learning_rat" in done.stderr
+    assert "Traceback" not in done.stderr and "CalledProcessError" not in done.stderr
 
 
 def test_a_preview_prompt_file_with_a_mistake(workshop: Workshop, tmp_path: Path, capsys):

@@ -51,6 +51,19 @@ def test_the_real_command_makes_images_with_their_settings_in_them(base: Path, t
     assert (pixels(tmp_path / "00001.png") != pixels(tmp_path / "00002.png")).any()
 
 
+def test_images_without_a_seed_differ_and_say_which_seed_they_had(base: Path, tmp_path: Path):
+    at = QUICK.index("--seed")
+    words = [*QUICK[:at], *QUICK[at + 2 :], "--images", "2", "--steps", "1"]
+    assert main(["--ckpt_path", str(base), "--output_dir", str(tmp_path), *words]) == 0
+    files = sorted(tmp_path.glob("*.png"))
+    assert (pixels(files[0]) != pixels(files[1])).any()
+    seeds = [int(Image.open(file).info["parameters"].partition("Seed: ")[2].split(",")[0]) for file in files]
+    assert seeds[1] == seeds[0] + 1
+    again = [*QUICK[: at + 1], str(seeds[0]), *QUICK[at + 2 :], "--steps", "1"]
+    assert main(["--ckpt_path", str(base), "--output_dir", str(tmp_path / "again"), *again]) == 0
+    assert (pixels(files[0]) == pixels(tmp_path / "again" / "00001.png")).all()
+
+
 def test_loras_of_all_parts_do_what_a_merged_checkpoint_does(base: Path, tmp_path: Path):
     encoders = [tiny_clip("clip_l"), tiny_clip("clip_g")]
     first = write_lora(tmp_path / "a.safetensors", lora_for_checkpoint(encoders=encoders))

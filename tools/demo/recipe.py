@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "zorp"
+SCRIPT = "sd3_train_network.py"
 STEPS = 700
 MOST_THREADS = 4  # a model of four million parameters gains nothing from more
 
@@ -21,7 +22,7 @@ def command(output_dir: str | Path, demo: str | Path = ROOT / "demo", steps: int
     demo, output_dir = Path(demo), Path(output_dir)
     threads = max(1, min(MOST_THREADS, os.cpu_count() or 1))
     return [
-        *("accelerate", "launch", "--num_cpu_threads_per_process", str(threads), "sd3_train_network.py"),
+        *("accelerate", "launch", "--quiet", "--num_cpu_threads_per_process", str(threads), SCRIPT),
         *("--pretrained_model_name_or_path", str(demo / "model" / "sd3_demo.safetensors")),
         *("--dataset_config", str(demo / "dataset.toml")),
         *("--output_dir", str(output_dir), "--output_name", NAME),
