@@ -81,7 +81,7 @@ def _build(datasets: Sequence[DatasetSettings], options: ScanOptions, skip_bad_i
         report.problems[f"The mask {mask} belongs to no image."] = None
     held = [_held_out(*pair, seed, report) for pair in zip(datasets, records, strict=True)]
     kept = _kept(datasets, records, held, report)
-    training = [_training(settings, own) for settings, own in zip(datasets, kept, strict=True)]
+    training = [_training(settings, own, report) for settings, own in zip(datasets, kept, strict=True)]
     validation = [_validation(settings, own) for settings, own in zip(datasets, held, strict=True)]
     if not any(training) and not report.problems:
         reason = "all of them are held out for validation" if any(held) else "no dataset holds one that can be used"
@@ -196,7 +196,7 @@ def _kept(
     return result
 
 
-def _training(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedDataset | None:
+def _training(settings: DatasetSettings, records: list[ImageRecord], report: ScanReport) -> IndexedDataset | None:
     """The dataset as trained on. Regularization images are repeated, or left out, so that they are as many as the others."""
     own = [record for record in records if not record.is_reg]
     regularization = [record for record in records if record.is_reg]
@@ -205,6 +205,13 @@ def _training(settings: DatasetSettings, records: list[ImageRecord]) -> IndexedD
         regularization, cycled([record.repeats for record in regularization], total), strict=True
     ):
         record.repeats = repeats
+    unused = sum(record.repeats == 0 for record in regularization)
+    if unused and total:
+        text = (
+            f"{settings.name}: {unused} of {len(regularization)} regularization images are not used: an epoch has as many as "
+            f"training images × repeats, {total}. Raise num_repeats of the training images, or remove those images."
+        )
+        report.warnings[text] = None
     return _dataset(settings, [*own, *(record for record in regularization if record.repeats)])
 
 

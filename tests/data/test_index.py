@@ -388,6 +388,16 @@ def test_regularisation_images_are_as_many_as_the_others_and_carry_the_prior_los
     assert {record.loss_weight for record in by_kind[False]} == {1.0}
 
 
+def test_regularization_images_that_are_too_many_are_counted_in_a_warning(tmp_path: Path) -> None:
+    folder(tmp_path / "own", 2)
+    folder(tmp_path / "reg", 7)
+    made = dataset(subset(tmp_path / "own", num_repeats=2), subset(tmp_path / "reg", is_reg=True))
+    (warning,) = [text for text in build_index([made]).warnings if "regularization" in text]
+    assert "3 of 7 regularization images are not used" in warning and "training images × repeats, 4" in warning
+    made = dataset(subset(tmp_path / "own", num_repeats=4), subset(tmp_path / "reg", is_reg=True))
+    assert not [text for text in build_index([made]).warnings if "regularization" in text]
+
+
 def test_regularisation_alone_is_no_dataset(tmp_path: Path) -> None:
     folder(tmp_path / "reg", 3)
     (problem,) = problems(dataset(subset(tmp_path / "reg", is_reg=True)))
