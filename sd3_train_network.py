@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ignore_early_save_requests()
     try:
         args = options.args
-        start_logging(args.console_log_level, args.console_log_file, args.console_log_simple)
+        start_logging(args.console_log_level, None if args.dry_run else args.console_log_file, args.console_log_simple)
         for warning in options.warnings if process_rank() == 0 else ():
             logger.warning(warning)
         Sd3NetworkTrainer(options.args, options.problems).train()

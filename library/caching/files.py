@@ -14,13 +14,12 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from library.common.errors import UserError
-from library.common.files import save_safetensors
+from library.common.files import check_writing, save_safetensors
 
 FORMAT = 1
 LONGEST_NAME = 240  # bytes: file systems allow 255, and a file being written has 14 more
@@ -119,14 +118,12 @@ def canonical(facts: Mapping[str, Any]) -> str:
     return json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
 
 
-def check_writable(folders: set[Path]) -> list[str]:
-    """Problems with folders that are to hold caches, before anything is encoded."""
+def check_writable(folders: set[Path], leaves_no_trace: bool = False) -> list[str]:
+    """Problems with folders that are to hold caches, before anything is encoded. leaves_no_trace: look, and write nothing to try."""
     problems = []
     for folder in sorted(folders):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=folder, prefix=".cache-"):  # no other machine tries the same name
-                pass
+            check_writing(folder, leaves_no_trace)
         except OSError as error:
             problems.append(_write_problem(folder, error))
     return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -81,6 +83,21 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:  # always, unless the two libraries escape a character differently
             file.seek(8)
             file.write(text.ljust(size))
+
+
+def check_writing(folder: Path, leaves_no_trace: bool = False) -> None:
+    """Make the folder and a file in it; OSError where that cannot be done. leaves_no_trace: judge it by rights alone, and make nothing."""
+    if not leaves_no_trace:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=".write-test-"):  # no other machine tries the same name
+            return
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+    if hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(existing))
 
 
 def flush_to_disk(path: Path) -> None:

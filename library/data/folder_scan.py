@@ -30,7 +30,7 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
     caption_stamps = {name: stamp for name, stamp in listing.captions.values() if name in used}
     sizes = read_sizes(listing.folder, listing.images, cache, options.workers, scan.bad)
     texts = read_captions(listing.folder, caption_stamps, cache, options.workers, scan.bad)
-    index_cache.save(cache_file, cache)
+    index_cache.save(cache_file if options.saves_index else None, cache)
     base = os.path.join(listing.folder, "")
     scan.links += [base + name for name in listing.links]
     for name, caption in pairs.items():
@@ -137,7 +137,7 @@ def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None
     cache = index_cache.load(cache_file)
     expected = {stem_of(image.path) for image in scan.images} | {stem_of(path) for path, _ in scan.bad}
     sizes = read_sizes(listing.folder, listing.images, cache, options.workers, scan.bad)
-    index_cache.save(cache_file, cache)
+    index_cache.save(cache_file if options.saves_index else None, cache)
 
     def problem(text: str) -> None:
         scan.problems.append(f"{subset.name}: {text}.")

@@ -53,12 +53,14 @@ def build_index(
     *,
     workers: int = DEFAULT_WORKERS,
     cache_dir: Path | None = None,
+    saves_index: bool = True,
     skip_bad_images: bool = False,
     seed: int = 0,
 ) -> DatasetIndex:
     """Index all datasets from file headers and caption files.
 
     `cache_dir`: where index caches are kept; None keeps them beside the images of subsets with cache_info alone.
+    `saves_index`: whether they are written, too.
     `skip_bad_images`: leave out images that can't be used, with a warning, instead of stopping.
     `seed`: chooses the validation images of datasets without a validation_seed.
 
@@ -66,7 +68,7 @@ def build_index(
     """
     started = time.perf_counter()
     with gc_disabled():
-        index = _build(datasets, ScanOptions(workers, cache_dir), skip_bad_images, seed)
+        index = _build(datasets, ScanOptions(workers, cache_dir, saves_index), skip_bad_images, seed)
     images = sum(len(dataset.records) for dataset in [*index.training, *index.validation])
     logger.info("Indexed %d images in %.1f s", images, time.perf_counter() - started)
     return index

@@ -50,7 +50,7 @@ def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
     cache_file = index_cache.cache_path(path, subset.cache_info, options.cache_dir)
     cache = index_cache.load(cache_file)
     sizes = read_sizes("", stamps, cache, options.workers, scan.bad)
-    index_cache.save(cache_file, cache)
+    index_cache.save(cache_file if options.saves_index else None, cache)
     for image in sorted(sizes):
         text = full_caption(entries[image].caption, entries[image].tags, subset)
         stamp, size = sizes[image]

@@ -49,6 +49,7 @@ class ScanOptions:
 
     workers: int
     cache_dir: Path | None
+    saves_index: bool = True  # False: index caches are read and not written
 
 
 def read_sizes(

@@ -23,6 +23,7 @@ class DataSettings:
     dataset_config: str | None = None
     command_line: CommandLineData = field(default_factory=CommandLineData)
     cache_dir: Path | None = None
+    saves_index: bool = True  # index caches
     skip_bad_images: bool = False
     masked_loss: bool = False
     caches_latents: bool = False
@@ -33,7 +34,13 @@ class DataSettings:
 def index_data(settings: DataSettings, seed: int) -> DatasetIndex:
     """Index the datasets of --dataset_config or of the command line, from headers."""
     datasets = read_datasets(settings.dataset_config, settings.command_line)
-    return build_index(datasets, cache_dir=settings.cache_dir, skip_bad_images=settings.skip_bad_images, seed=seed)
+    return build_index(
+        datasets,
+        cache_dir=settings.cache_dir,
+        saves_index=settings.saves_index,
+        skip_bad_images=settings.skip_bad_images,
+        seed=seed,
+    )
 
 
 def data_problems(settings: DataSettings, index: DatasetIndex) -> list[str]:

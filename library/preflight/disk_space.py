@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 
 from library.caching.latents import LatentCache, LatentCacheSettings
 from library.caching.text import TextCache, TextCacheSettings
 from library.common.errors import UserError
+from library.common.files import check_writing
 from library.data.captions import CaptionPipeline
 from library.data.dataset import IndexedDataset
 from library.data.index import DatasetIndex
@@ -173,17 +173,15 @@ def space_problems(requirements: Sequence[DiskRequirement]) -> list[str]:
     return problems
 
 
-def output_problems(folder: Path) -> list[str]:
-    """What would keep the run from writing its results at all."""
+def output_problems(folder: Path, leaves_no_trace: bool = False) -> list[str]:
+    """What would keep the run from writing its results at all. leaves_no_trace: look, and write nothing to try."""
     existing = _existing(folder)
     if not existing.is_dir():
         return [f"--output_dir {folder}: {existing} is a file, not a folder."]
     if not os.access(existing, os.W_OK):
         return [f"--output_dir {folder}: {existing} is not writable. Choose a folder that is."]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, prefix=".write-test-"):
-            pass
+        check_writing(folder, leaves_no_trace)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return [f"--output_dir {folder}: nothing can be written there ({reason}). Choose another folder."]

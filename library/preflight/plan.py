@@ -102,6 +102,7 @@ class PlanSettings:
     thumbnail: str | None = None
     seed: int | None = None
     resume: ResumeCheck = field(default_factory=ResumeCheck)
+    is_only_shown: bool = False  # --dry_run, --debug_dataset: nothing is written, not even to try
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ def plan_run(
         caption_bytes = _caption_bytes(settings, inspector, files, rates)
         texts = None if settings.texts is None else replace(settings.texts, seed=seed, bytes_each=caption_bytes)
         required = cache_requirements(index, settings.latents, texts)
-    problems += check_writable({each.folder for each in required})
+    problems += check_writable({each.folder for each in required}, settings.is_only_shown)
     output_dir = settings.output.output_dir
-    unwritable = output_problems(Path(output_dir)) if output_dir else []
+    unwritable = output_problems(Path(output_dir), settings.is_only_shown) if output_dir else []
     problems += unwritable
     if index is not None and rates is not None:
         training, validation = _batch_plans(index, seed, world_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from library.saving.hub import fetch_state
 from library.saving.state import POSITION_FILE, SavedState, changed_options, newest_state, open_state
@@ -21,6 +22,7 @@ class ResumeSettings:
     output_dir: str | None = None
     output_name: str | None = None
     token: str | None = field(default=None, repr=False)  # of the Hub
+    leaves_no_trace: bool = False  # what is downloaded is read and removed
 
 
 def state_to_resume(settings: ResumeSettings) -> SavedState | None:
@@ -30,6 +32,9 @@ def state_to_resume(settings: ResumeSettings) -> SavedState | None:
     """
     if not settings.resume:
         return None
+    if settings.from_hub and settings.leaves_no_trace:
+        with TemporaryDirectory() as folder:
+            return open_state(fetch_state(settings.resume, Path(folder), settings.token, POSITION_FILE), whole=False)
     if settings.from_hub:
         return open_state(_from_hub(settings, POSITION_FILE), whole=False)
     if settings.resume != "auto":

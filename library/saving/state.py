@@ -203,18 +203,23 @@ def newest_state(output_dir: Path, name: str) -> SavedState | None:
     pattern = re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?-state")
     if not output_dir.is_dir():
         return None
-    for old in output_dir.glob(".*-state.old"):  # a run that died while it replaced a state
-        folder = output_dir / old.name[1 : -len(".old")]
-        if not folder.exists():
-            os.replace(old, folder)
+    replaced = [old for old in output_dir.glob(".*-state.old") if not (output_dir / _replaced_name(old)).exists()]
+    folders = {folder: folder.name for folder in output_dir.glob("*-state")} | {
+        old: _replaced_name(old) for old in replaced
+    }
     states = []
-    for folder in output_dir.glob("*-state"):
-        if pattern.fullmatch(folder.name):
+    for folder, folder_name in folders.items():
+        if pattern.fullmatch(folder_name):
             try:
                 states.append(open_state(folder))
             except UserError as error:
                 logger.warning("A state that is not whole is passed over. %s", error)
     return max(states, key=lambda state: (state.position.step, state.folder.stat().st_mtime_ns), default=None)
+
+
+def _replaced_name(old: Path) -> str:
+    """The state's name, of one that a run was replacing when it died: `.<name>.old`."""
+    return old.name[1 : -len(".old")]
 
 
 def changed_options(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

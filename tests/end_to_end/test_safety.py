@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import random
+import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,3 +299,51 @@ def test_a_hub_that_cannot_be_reached_is_told_with_all_other_problems(workshop: 
     assert main(words) == 2
     told = capsys.readouterr().err
     assert "me/lora: the repository cannot be reached" in told and "AdamWW" in told
+
+
+def traces(*folders: Path) -> dict[Path, tuple[int, int]]:
+    """Every file and folder below, with what writing changes: a file that came and went changes its folder's time."""
+    paths = [path for folder in folders for path in (folder, *folder.rglob("*"))]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+
+@pytest.mark.parametrize("state", ["whole", "being replaced", "on the Hub"])
+def test_a_dry_run_writes_nothing_anywhere(workshop: Workshop, tmp_path: Path, monkeypatch, capfd, state: str, hub):
+    home, out = tmp_path / "home", tmp_path / "out"
+    (tmp_path / "tmp").mkdir()
+    home.mkdir()
+    text = workshop.dataset.read_text(encoding="utf-8").replace("batch_size = 2", "batch_size = 2\ncache_info = true")
+    (tmp_path / "d.toml").write_text(text, encoding="utf-8")
+    more = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--cache_dir", str(tmp_path / "caches")]
+    words = workshop.arguments(out, UNET, *more, dataset_config=tmp_path / "d.toml")
+    assert main([*words, "--save_state", "--max_train_steps", "2"]) == 0
+    shutil.rmtree(tmp_path / "caches")
+    words += ["--logging_dir", str(tmp_path / "logs"), "--log_with", "tensorboard", "--log_prefix", "x"]
+    words += ["--console_log_file", str(tmp_path / "log.txt"), "--resume"]
+    if state == "being replaced":
+        os.replace(out / "lora-state", out / ".lora-state.old")
+    if state == "on the Hub":
+        for path in (out / "lora-state").iterdir():
+            hub.repos.setdefault("me/lora", {})[f"lora-state/{path.name}"] = path.read_bytes()
+        words += ["me/lora/lora-state", "--resume_from_huggingface"]
+    else:
+        words.append("auto")
+    before = traces(tmp_path, workshop.folder)
+    for name, folder in (("HOME", "home"), ("HF_HOME", "home"), ("TMPDIR", "tmp")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert main([*words, "--dry_run"]) == 0
+    assert main(workshop.arguments(tmp_path / "new" / "out", UNET, *more, "--dry_run")) == 0
+    after = traces(tmp_path, workshop.folder)
+    assert set(after) == set(before)
+    changed = {path for path in before if before[path] != after[path]}
+    assert changed <= ({tmp_path / "tmp"} if state == "on the Hub" else set())
+
+
+def test_debug_dataset_writes_its_sheets_and_nothing_else(workshop: Workshop, tmp_path: Path):
+    before = traces(workshop.folder)
+    words = workshop.arguments(tmp_path / "out", UNET, "--debug_dataset", "--cache_latents_to_disk")
+    assert main([*words, "--cache_dir", str(tmp_path / "caches")]) == 0
+    assert traces(workshop.folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset"]

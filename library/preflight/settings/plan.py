@@ -53,7 +53,13 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         resume=ResumeCheck(
             determining_options(args), LEFT_TO_THE_PLANNER if args.memory_plan else (), not args.resume_from_huggingface
         ),
+        is_only_shown=is_only_shown(args),
     )
+
+
+def is_only_shown(args: argparse.Namespace) -> bool:
+    """Whether the run is shown and not done: it writes nothing, but for the sheets of --debug_dataset."""
+    return bool(args.dry_run or args.debug_dataset)
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
@@ -61,6 +67,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
         dataset_config=args.dataset_config,
         command_line=CommandLineData.from_options(vars(args)),
         cache_dir=path_or_none(args.cache_dir),
+        saves_index=not is_only_shown(args),
         skip_bad_images=args.skip_bad_images,
         masked_loss=args.masked_loss,
         caches_latents=args.cache_latents,
@@ -188,7 +195,12 @@ def planned_options(args: argparse.Namespace, plan: MemoryPlan) -> argparse.Name
 
 def resume_settings(args: argparse.Namespace) -> ResumeSettings:
     return ResumeSettings(
-        args.resume, bool(args.resume_from_huggingface), args.output_dir, args.output_name, args.huggingface_token
+        args.resume,
+        bool(args.resume_from_huggingface),
+        args.output_dir,
+        args.output_name,
+        args.huggingface_token,
+        is_only_shown(args),
     )
 
 
@@ -199,12 +211,11 @@ def state_options(args: argparse.Namespace, plan: RunPlan[Files]) -> dict[str, o
 
 def prepare_settings(args: argparse.Namespace) -> PrepareSettings:
     """All that preflight takes of the options."""
-    is_only_shown = args.dry_run or args.debug_dataset
     return PrepareSettings(
         plan=plan_settings(args),
         planner=planner_settings(args),
         resume=resume_settings(args),
-        uploads=None if is_only_shown else hub_settings(args),
+        uploads=None if is_only_shown(args) else hub_settings(args),
     )
 
 
