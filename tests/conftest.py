@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.fake_hub import FakeHub
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD3.5 Medium checkpoint with its tokenizers beside it, one for all processes of this run of pytest. Not to be written to."""
+    from filelock import FileLock
+
+    from tests.sd3.tiny import tiny_model_folder
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each worker has a folder of its own in it
+    folder, making = root / "tiny_model", root / "tiny_model.unfinished"
+    with FileLock(root / "tiny_model.lock"):
+        if not folder.exists():
+            shutil.rmtree(making, ignore_errors=True)
+            tiny_model_folder(making, "5-medium")
+            making.rename(folder)
+    return folder / "tiny_sd3.safetensors"
 
 
 @pytest.fixture

@@ -43,11 +43,11 @@ class Workshop:
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("workshop"), tiny_model)
 
 
-def make_workshop(folder: Path) -> Workshop:
+def make_workshop(folder: Path, model: Path | None = None) -> Workshop:
     """The tiny model, six images and their dataset file."""
     images = folder / "images"
     images.mkdir()
@@ -73,7 +73,7 @@ batch_size = 2
 """,
         encoding="utf-8",
     )
-    return Workshop(folder, tiny_model_folder(folder / "model", "5-medium"), dataset)
+    return Workshop(folder, model or tiny_model_folder(folder / "model", "5-medium"), dataset)
 
 
 def run_command(
