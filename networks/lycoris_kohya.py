@@ -6,7 +6,8 @@ around them is networks.network.Network, so training, saving, loading and mergin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.common.errors import UserError
-from networks.lora_arguments import trains_t5xxl
+from networks.lora_arguments import MAX_RANK, trains_t5xxl
 from networks.lora_file import layers_of_file
 from networks.lora_sd3 import layers_by_name
 from networks.lycoris import FACTORED_MODULES, ROTATIONS, LycorisLayer
@@ -107,6 +108,7 @@ def create_network_from_weights(
 
 def _lycoris() -> ModuleType:
     try:
+        import lycoris.functional
         import lycoris.kohya
         import lycoris.modules
     except ImportError:
@@ -128,11 +130,12 @@ def _make_inners(
     kind.apply_preset(_preset(settings, lycoris))
     alpha = settings.alpha or settings.rank
     absent = nn.Module  # keeps the encoders' numbers: lora_te2_ is CLIP-G even without CLIP-L
-    try:
+
+    def made_with(rank: int) -> list[Any]:
         made = kind(
             [encoder or absent() for encoder in text_encoders],
             mmdit or absent(),
-            lora_dim=settings.rank,
+            lora_dim=rank,
             alpha=alpha,
             conv_lora_dim=settings.rank if settings.conv_dim is None else settings.conv_dim,
             conv_alpha=alpha if settings.conv_alpha is None else settings.conv_alpha,
@@ -144,15 +147,43 @@ def _make_inners(
             warn_on_unmatched=False,
             **settings.options,
         )
+        return [*made.text_encoder_loras, *made.unet_loras]
+
+    try:
+        inners = made_with(settings.rank)
     except ValueError as error:
+        if settings.algo == "boft":
+            with torch.device("meta"), suppress(ValueError):
+                check_rotation_rank(settings.algo, settings.rank, [inner.dim for inner in made_with(MAX_RANK)])
         raise UserError(
             f"LyCORIS can't make algo={settings.algo} at rank {settings.rank} for this model: {error}"
         ) from error
-    inners = [*made.text_encoder_loras, *made.unet_loras]
+    if settings.algo == "diag-oft":
+        check_rotation_rank(settings.algo, settings.rank, [inner.dim for inner in inners])
     strange = sorted({inner.name for inner in inners} - set(SUPPORTED))
     if strange:
         raise UserError(f"The preset {settings.preset} asks for {', '.join(strange)}, which is not supported here.")
     return inners
+
+
+def check_rotation_rank(algo: str, rank: int, widths: Iterable[int]) -> None:
+    """UserError with the smallest larger rank that works where algo=boft or diag-oft can't train layers of these output widths at `rank`.
+
+    BOFT cuts a width into an even block of at most `rank` times a power of two. OFT cuts it into blocks of about `rank`; a
+    block of one has no rotation and is never trained.
+    """
+    different = set(widths)
+    if algo == "boft":
+        smallest = max((2 * (width // (width & -width)) for width in different), default=0)
+    else:
+        factors = _lycoris().functional.factorization
+        candidates = range(rank, max(different, default=0))
+        smallest = next((r for r in candidates if all(min(factors(width, r)) > 1 for width in different)), rank)
+    if smallest > rank:
+        raise UserError(
+            f"--network_dim {rank} is too small for algo={algo} on this model, whose layers are {min(different)} to "
+            f"{max(different)} wide: use {smallest} or more."
+        )
 
 
 def _is_quantized(model: nn.Module | None) -> bool:

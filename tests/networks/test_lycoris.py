@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.common.errors import UserError
 from library.common.seeds import preserve_rng_state
+from library.sd3.mmdit import MMDiT
 from networks.lora_sd3 import layers_by_name
 from networks.merging import merge_layers
 from networks.network import Network
@@ -21,6 +22,7 @@ from networks.parameter_groups import LearningRates
 from networks.weight_files import group_by_layer, read_network_file
 from tests.networks import readers
 from tests.networks.models import QKV, mmdit_inputs, relative_error, tiny_clip, tiny_mmdit, tiny_t5
+from tests.sd3 import real_sizes
 
 lycoris = network_module("lycoris.kohya")
 EVERYTHING = "full"  # LyCORIS's preset that also takes PatchEmbed (a convolution) and FinalLayer
@@ -355,7 +357,7 @@ def test_arguments_that_would_do_nothing_or_harm_are_errors(arguments: list[str]
 
 
 def test_rank_that_boft_cannot_take_is_an_error():
-    with pytest.raises(UserError, match="algo=boft at rank 7"):
+    with pytest.raises(UserError, match="--network_dim 7 is too small for algo=boft .* use 18 or more"):
         lycoris.create_network(1.0, 7, 1, None, [], tiny_mmdit(), algo="boft")
 
 
@@ -424,3 +426,27 @@ def test_magnitudes_stay_float32_in_training_and_in_files(case: str):
     saved = network.to(torch.bfloat16).state_dict_for_saving(torch.float16)
     assert exact and all(torch.equal(saved[key], tensor) for key, tensor in exact.items())
     assert {tensor.dtype for key, tensor in saved.items() if key.endswith(".alpha")} <= {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("algo", "kind", "rank", "smallest"),
+    [
+        ("boft", "sd35m", 16, 54),
+        ("boft", "sd35l", 64, 114),
+        ("diag-oft", "sd35m", 1, 2),
+    ],
+)
+def test_a_rank_that_is_too_small_for_a_rotation_is_answered_with_the_smallest(
+    algo: str, kind: str, rank: int, smallest: int
+):
+    with torch.device("meta"):
+        model = MMDiT(real_sizes.MMDITS[kind])
+
+    def create(dim: int) -> Network:
+        return lycoris.create_network(1.0, dim, 1.0, None, [], model, algo=algo)
+
+    with pytest.raises(UserError, match=f"--network_dim {rank} is too small for algo={algo} .* use {smallest} or more"):
+        create(rank)
+    with pytest.raises(UserError, match=f"use {smallest} or more"):
+        create(smallest - 1)
+    assert create(smallest).layers
