@@ -41,6 +41,7 @@ from library.preflight.prepare import Prepared, prepare_run
 from library.preflight.settings import models, monitoring, plan as plans, saving, training
 from library.saving.metadata import FamilyFacts
 from library.saving.resume import whole_state
+from library.saving.run_lock import RunLock
 from library.saving.state import SavedState
 from library.training.adapted_model import AdaptedModel, Conditioner
 from library.training.callback_settings import TrackingSettings
@@ -74,6 +75,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         self.precision: Precision
         self.sharding: ShardingConfig
         self.inspector: ModelInspector[FilesT]
+        self.lock: RunLock
         self.prepared: Prepared[FilesT]
         self.plan: RunPlan[FilesT]
         self.state: SavedState | None
@@ -90,26 +92,27 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
 
     def train(self) -> Path | None:
         """Run everything; return the path of the LoRA, None for a dry run."""
-        self.start()
-        self.prepare()
-        if self.args.dry_run or self.args.debug_dataset:
-            self.show_plan()
-            return None
-        finished = saving.finished_lora(self.args, self.plan, self.state, self.inspector, self.accelerator)
-        if finished is not None:
-            return finished
-        self.fetch_state()
-        with self.doing("captions were encoded"):
-            self.cache_texts()
-        with self.doing("images were encoded"):
-            self.cache_latents()
-        with self.doing("the denoiser was loaded"):
-            self.prepare_denoiser()
-            self.create_network()
-            self.shard_denoiser()
-            self.create_optimizer()
-        with self.doing("training"):
-            return self.run()
+        with RunLock() as self.lock:
+            self.start()
+            self.prepare()
+            if self.args.dry_run or self.args.debug_dataset:
+                self.show_plan()
+                return None
+            finished = saving.finished_lora(self.args, self.plan, self.state, self.inspector, self.accelerator)
+            if finished is not None:
+                return finished
+            self.fetch_state()
+            with self.doing("captions were encoded"):
+                self.cache_texts()
+            with self.doing("images were encoded"):
+                self.cache_latents()
+            with self.doing("the denoiser was loaded"):
+                self.prepare_denoiser()
+                self.create_network()
+                self.shard_denoiser()
+                self.create_optimizer()
+            with self.doing("training"):
+                return self.run()
 
     def start(self) -> None:
         """Find the device and the other processes; choose the number formats."""
@@ -122,9 +125,8 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
     def prepare(self) -> None:
         """Work out the run from headers alone. UserError lists every mistake of the user."""
         self.inspector = self.make_inspector()
-        problems = [*self.problems, *tracking_problems(self.tracking)]
-        settings = plans.prepare_settings(self.args)
-        self.prepared = prepare_run(settings, self.inspector, self.accelerator, self.precision, problems)
+        settings, problems = plans.prepare_settings(self.args), [*self.problems, *tracking_problems(self.tracking)]
+        self.prepared = prepare_run(settings, self.inspector, self.accelerator, self.precision, self.lock, problems)
         self.plan, self.state = self.prepared.plan, self.prepared.state
         if self.prepared.memory is not None:
             self.args = plans.planned_options(self.args, self.prepared.memory)
@@ -135,10 +137,8 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         """Print what would be trained, for --dry_run and --debug_dataset, which draws sheets of the images too."""
         if not self.accelerator.is_main_process:
             return
-        args, plan, memory = self.args, self.plan, self.prepared.memory
-        print(plan.text(args.gradient_accumulation_steps))
-        if memory is not None:
-            print(f"\n{memory.text()}")
+        args, plan = self.args, self.plan
+        print(self.prepared.text(args.gradient_accumulation_steps))
         if args.debug_dataset:
             settings = replace(training.loader_settings(args, plan, 0, self.device), workers=0, pin_memory=False)
             folder, name = Path(args.output_dir) / "dataset", args.output_name or "last"

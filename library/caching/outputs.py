@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
+from library.caching.files import cache_folder
 from library.caching.fill import EncoderRoles, Processes, encoder_roles, fill_latents, fill_texts
 from library.caching.latents import LatentCache, LatentCacheSettings, Progress
 from library.caching.text import TextCache, TextCacheSettings
 from library.common.model_family import LatentCodec, TextEncoders
+from library.common.processes import remove_stale_temporaries
 from library.data.index import DatasetIndex
 
 
@@ -59,6 +62,7 @@ def cache_texts(
         return encoders.precompute(texts, roles.precomputed, batch_size, wrap)
 
     settings = replace(settings, fingerprint=encoders.fingerprint(roles.precomputed))
+    _remove_leftovers(index, settings)
     training = TextCache(index.training, settings, prompts)
     validation = TextCache(index.validation, replace(settings, variants=None))
     fill_texts([training, validation], encode, processes)
@@ -74,6 +78,14 @@ def cache_latents(
     wrap: Progress,
 ) -> Latents:
     """Encode every image once; the VAE is loaded only if something is missing."""
+    _remove_leftovers(index, settings)
     training = fill_latents(LatentCache(index.training, settings), codec.encode, batch_size, wrap, processes)
     validation = fill_latents(LatentCache(index.validation, settings), codec.encode, batch_size, wrap, processes)
     return Latents(training, validation)
+
+
+def _remove_leftovers(index: DatasetIndex, settings: LatentCacheSettings | TextCacheSettings) -> None:
+    """Remove what killed processes have left in the caches' folders. Those of living ones, which fill the same caches, stay."""
+    if settings.on_disk:
+        records = (record for dataset in (*index.training, *index.validation) for record in dataset.records)
+        remove_stale_temporaries(Path(folder) for folder in {cache_folder(r.path, settings.cache_dir) for r in records})

@@ -14,8 +14,12 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
+from library.common.processes import temporary_mark
+
 if TYPE_CHECKING:
     import torch
+
+LONGEST_NAME = 255  # bytes, on most file systems
 
 
 @contextmanager
@@ -27,7 +31,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_name(target)
     try:
         temporary.touch()
         mode = (target if target.exists() else temporary).stat().st_mode
@@ -38,6 +42,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(target: Path) -> Path:
+    """A new name beside the target that tells which process writes it: `remove_stale_temporaries` reads it."""
+    mark = temporary_mark(uuid.uuid4().hex[:8])
+    name = os.fsencode(target.name)[: LONGEST_NAME - len(mark) - 2].decode("utf-8", "ignore")
+    return target.with_name(f".{name}.{mark}")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from library.common.files import write_text
+from library.common.processes import remove_stale_temporaries
 from library.data.settings import Size
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def save(path: Path | None, cache: IndexCache) -> None:
     """Write the cache, if it has changed, whole or not at all. A folder that can't be written to is no reason to stop: it is said and passed over."""
     if path is None or not cache.changed:
         return
+    remove_stale_temporaries([path.parent])
     limit = time.time_ns() - _TOO_FRESH_NS
     images = [(name, *stamp, *size) for name, (stamp, size) in cache.images.items() if stamp[1] < limit]
     captions = [(name, *stamp, text) for name, (stamp, text) in cache.captions.items() if stamp[1] < limit]

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
 from library.common.errors import collect_errors
@@ -20,6 +21,7 @@ from library.preflight.memory import PlannerSettings, memory_budget, plan_memory
 from library.preflight.plan import PlanSettings, RunPlan, plan_run
 from library.saving.hub import HubSettings, HubUploader
 from library.saving.resume import ResumeSettings, state_to_resume
+from library.saving.run_lock import RunLock
 from library.saving.state import SavedState
 from library.training.precision import Precision
 
@@ -44,16 +46,22 @@ class Prepared(Generic[Files]):
     state: SavedState | None
     hub: HubUploader | None
 
+    def text(self, accumulation: int) -> str:
+        """The plan, and the memory options where they were planned, for people."""
+        plan = self.plan.text(accumulation)
+        return plan if self.memory is None else f"{plan}\n\n{self.memory.text()}"
+
 
 def prepare_run(
     settings: PrepareSettings,
     inspector: ModelInspector[Files],
     accelerator: Accelerator,
     precision: Precision,
+    lock: RunLock,
     known_problems: Sequence[str] = (),
 ) -> Prepared[Files]:
-    """Work out the run. UserError lists `known_problems` with all that is found here."""
-    problems = list(known_problems)
+    """Work out the run. UserError lists `known_problems` with all that is found here. lock: of the outputs, which is taken here."""
+    problems = [*known_problems, *gather(accelerator, _take_lock(settings.resume, lock, accelerator))]
     hub = collect_errors(problems, lambda: _reach_hub(settings.uploads, accelerator))
     with accelerator.local_main_process_first():  # one process of each machine downloads
         state = collect_errors(problems, lambda: state_to_resume(settings.resume))
@@ -68,6 +76,13 @@ def prepare_run(
         budget = smallest_budget(gather(accelerator, [free]))  # all processes are to choose the same
         memory = plan_memory(settings.planner, plan, inspector, accelerator.device, precision, processes, budget)
     return Prepared(plan, memory, state, hub)
+
+
+def _take_lock(settings: ResumeSettings, lock: RunLock, accelerator: Accelerator) -> list[str]:
+    """Take the lock of the output folder on rank 0, which writes there. The problem where another run holds it."""
+    if settings.leaves_no_trace or not settings.output_dir or not accelerator.is_main_process:
+        return []
+    return lock.acquire(Path(settings.output_dir), settings.output_name or "last")
 
 
 def _reach_hub(settings: HubSettings | None, accelerator: Accelerator) -> HubUploader | None:

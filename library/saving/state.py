@@ -198,9 +198,14 @@ def _check_files(folder: Path) -> None:
             raise _Damaged(f"{path.name} is cut short or damaged")
 
 
+def own_state_name(name: str) -> re.Pattern[str]:
+    """The names of the states of output name `name`."""
+    return re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?-state")
+
+
 def newest_state(output_dir: Path, name: str) -> SavedState | None:
     """The whole state of output name `name` that has come farthest; broken and half-written folders are passed over."""
-    pattern = re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?-state")
+    pattern = own_state_name(name)
     if not output_dir.is_dir():
         return None
     replaced = [old for old in output_dir.glob(".*-state.old") if not (output_dir / _replaced_name(old)).exists()]

@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from library.caching import files as cache_files, latent_entry
+from library.caching import latent_entry
 from library.caching.latent_entry import posterior_noise
 from library.caching.latents import LatentCache, LatentCacheSettings
 from library.caching.text import TextCache, TextCacheSettings, check_cacheable
+from library.common import files as common_files
 from library.common.errors import UserError
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
@@ -227,7 +228,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_encoded(tmp_
     def refuse(**named):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(cache_files, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(common_files, "NamedTemporaryFile", refuse)
     problems = cache.check(cache.missing())
     assert len(problems) == 1 and "--cache_dir" in problems[0]
 

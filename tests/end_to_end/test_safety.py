@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from library.common.errors import UserError
+from library.common.files import temporary_name
+from library.common.processes import this_process
 from library.data.command_line import CommandLineData
 from library.data.config import read_datasets
 from library.monitoring.metrics import RunMetrics
@@ -347,3 +349,24 @@ def test_debug_dataset_writes_its_sheets_and_nothing_else(workshop: Workshop, tm
     assert traces(workshop.folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset"]
+
+
+def test_two_runs_under_one_name_do_not_mix_and_a_killed_one_leaves_nothing(workshop: Workshop, tmp_path: Path, capfd):
+    words = workshop.arguments(
+        tmp_path / "out", UNET, "--cache_latents_to_disk", "--cache_dir", str(tmp_path / "caches")
+    )
+    first = start([*words, "--max_train_steps", "5000"])
+    metrics = tmp_path / "out" / "lora.metrics.jsonl"
+    wait_for(lambda: first.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0))
+    assert main([*words, "--optimizer_type", "AdamWW"]) == 2
+    told = capfd.readouterr().err
+    assert f'another run writes "lora" there: process {first.pid}' in told and "AdamWW" in told
+    first.kill()
+    first.wait()
+    process = this_process()
+    for target in (tmp_path / "out" / "lora.safetensors", tmp_path / "caches" / "x.latents.safetensors"):
+        name = temporary_name(target).name.replace(f"-{process.pid}-", f"-{first.pid}-")  # as if killed while it wrote
+        target.with_name(name).write_bytes(b"half")
+    (tmp_path / "out" / ".lora-step00000004-state.tmp").mkdir()
+    assert main([*words, "--max_train_steps", "2"]) == 0
+    assert not list(tmp_path.rglob(".*"))
