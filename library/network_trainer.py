@@ -75,7 +75,7 @@ class NetworkTrainer(ABC, Generic[FilesT, ConditioningT]):
         self.precision: Precision
         self.sharding: ShardingConfig
         self.inspector: ModelInspector[FilesT]
-        self.lock: RunLock
+        self.lock: RunLock | None = None  # tools that only prepare a run take none
         self.prepared: Prepared[FilesT]
         self.plan: RunPlan[FilesT]
         self.state: SavedState | None

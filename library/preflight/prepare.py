@@ -57,10 +57,10 @@ def prepare_run(
     inspector: ModelInspector[Files],
     accelerator: Accelerator,
     precision: Precision,
-    lock: RunLock,
+    lock: RunLock | None = None,
     known_problems: Sequence[str] = (),
 ) -> Prepared[Files]:
-    """Work out the run. UserError lists `known_problems` with all that is found here. lock: of the outputs, which is taken here."""
+    """Work out the run. UserError lists `known_problems` with all that is found here. lock: of the outputs, which is taken here; None: none is."""
     problems = [*known_problems, *gather(accelerator, _take_lock(settings.resume, lock, accelerator))]
     hub = collect_errors(problems, lambda: _reach_hub(settings.uploads, accelerator))
     with accelerator.local_main_process_first():  # one process of each machine downloads
@@ -78,9 +78,9 @@ def prepare_run(
     return Prepared(plan, memory, state, hub)
 
 
-def _take_lock(settings: ResumeSettings, lock: RunLock, accelerator: Accelerator) -> list[str]:
+def _take_lock(settings: ResumeSettings, lock: RunLock | None, accelerator: Accelerator) -> list[str]:
     """Take the lock of the output folder on rank 0, which writes there. The problem where another run holds it."""
-    if settings.leaves_no_trace or not settings.output_dir or not accelerator.is_main_process:
+    if lock is None or settings.leaves_no_trace or not settings.output_dir or not accelerator.is_main_process:
         return []
     return lock.acquire(Path(settings.output_dir), settings.output_name or "last")
 
