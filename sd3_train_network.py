@@ -148,7 +148,8 @@ class Sd3NetworkTrainer(NetworkTrainer[ModelFiles, Conditioning]):
     def metadata_facts(self) -> FamilyFacts:
         files = self.plan.files
         vae = files.vae.path if self.args.vae and files.vae is not None else None
-        return FamilyFacts(mmdit_config(files).kind, files.mmdit.path, vae)
+        config = mmdit_config(files)
+        return FamilyFacts(config.kind, config.title, files.mmdit.path, vae)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

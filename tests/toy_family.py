@@ -105,7 +105,7 @@ class ToyNetworkTrainer(NetworkTrainer[Path, None]):
         return self.denoiser(noisy, timesteps)
 
     def metadata_facts(self) -> FamilyFacts:
-        return FamilyFacts("toy", self.plan.files, None)
+        return FamilyFacts("toy", "Toy", self.plan.files, None)
 
 
 # --- the network module -------------------------------------------------------------------------------------------------

@@ -238,5 +238,10 @@ class TrainingSession(Generic[C]):
             other_options=settings.defaults,
             versions=versions(self.accelerator.device),
             resume_command=settings.resume_command,
+            again_command=settings.again_command,
         )
-        return RunReport(settings.path, description, self.data.index, metrics, records, interrupted)
+
+        def has_state() -> bool:
+            return any(settings.path.parent.glob(settings.states))
+
+        return RunReport(settings.path, description, self.data.index, metrics, records, interrupted, has_state)

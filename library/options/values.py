@@ -66,12 +66,27 @@ def modelspec_options(args: argparse.Namespace) -> dict[str, object]:
 
 def resume_command(args: argparse.Namespace, processes: int) -> str:
     """The command that goes on from the newest state. Secrets are left out and must be added."""
+    return _lines([*_command(args, processes), "--resume", "auto"])
+
+
+def again_command(args: argparse.Namespace, processes: int) -> str:
+    """The command that trains once more from the start, under a name of its own. Secrets are left out and must be added."""
+    return _lines(_command(args, processes, f"{args.output_name or 'last'}_2"))
+
+
+def _command(args: argparse.Namespace, processes: int, output_name: str | None = None) -> list[str]:
+    """The words that start this run. output_name: another one than the run's."""
     words = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
     words.append("sd3_train_network.py")
     for option in OPTIONS:
         if not option.secret and option.kind is Kind.WORKS and option.in_resume_command:
-            words += _words(option, getattr(args, option.dest))
-    return shlex.join([*words, "--resume", "auto"]).replace(" --", " \\\n  --")
+            is_name = option.dest == "output_name" and output_name is not None
+            words += _words(option, output_name if is_name else getattr(args, option.dest))
+    return words
+
+
+def _lines(words: list[str]) -> str:
+    return shlex.join(words).replace(" --", " \\\n  --")
 
 
 def _in_metadata() -> list[Option]:

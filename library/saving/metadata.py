@@ -52,15 +52,10 @@ class FamilyFacts:
     """What a model family adds. options: facts of its own under ss_ names."""
 
     kind: str  # ss_base_model_version: "medium", "5-medium" or "5-large"
+    title: str  # the model's name for people: "Stable Diffusion 3.5 Medium"
     base_file: Path
     vae_file: Path | None  # only where --vae names a file of its own
     options: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """The model's name for people: "Stable Diffusion 3.5 Medium"."""
-        version, _, size = self.kind.rpartition("-")
-        return f"Stable Diffusion 3{'.' if version else ''}{version} {size.capitalize()}"
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,17 @@ class MMDiTConfig:
             return "medium"
         return "5-medium" if self.dual_attention_blocks else "5-large"
 
+    @property
+    def title(self) -> str:
+        """The released model of this size, or the size."""
+        released = {
+            ("medium", 24, 1536): "Stable Diffusion 3 Medium",
+            ("5-medium", 24, 1536): "Stable Diffusion 3.5 Medium",
+            ("5-large", 38, 2432): "Stable Diffusion 3.5 Large",
+        }
+        size = f"MMDiT, {self.depth} blocks, hidden {self.hidden_size}"
+        return released.get((self.kind, self.depth, self.hidden_size), size)
+
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> MMDiTConfig:
         """Read the sizes from tensor shapes keyed by name (without `model.diffusion_model.`). KeyError where one is absent."""

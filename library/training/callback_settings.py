@@ -102,7 +102,10 @@ def step_tag(step: int, epoch: int | None) -> str:
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """path: of the report. network: --network_module. changed, defaults: options and their values as text."""
+    """path: of the report. network: --network_module. changed, defaults: options and their values as text.
+
+    states: pattern of the folders beside the report from which the run can be resumed.
+    """
 
     path: Path
     title: str
@@ -110,6 +113,8 @@ class ReportSettings:
     changed: Mapping[str, str]
     defaults: Mapping[str, str]
     resume_command: str
+    again_command: str
+    states: str
 
 
 @dataclass(frozen=True)

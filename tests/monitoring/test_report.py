@@ -19,7 +19,7 @@ from library.common.errors import UserError
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics_file import Curves
 from library.monitoring.report.background_writer import ReportWriter
-from library.monitoring.report.html_page import DatasetSection, RunDescription, RunState, render
+from library.monitoring.report.html_page import DatasetSection, RunDescription, RunState, charts, render
 from library.monitoring.report.svg_charts import (
     MOST_POINTS,
     Chart,
@@ -77,6 +77,7 @@ def description() -> RunDescription:
         other_options={"seed": "None"},
         versions={"torch": "2.13"},
         resume_command=f"python sd3_train_network.py --output_name {NASTY} --resume auto",
+        again_command=f"python sd3_train_network.py --output_name {NASTY}_2",
     )
 
 
@@ -114,13 +115,35 @@ def test_the_page_is_well_formed_and_shows_everything(tmp_path: Path) -> None:
         "120 / 200",
         "64x64",
         "learning_rate",
-        "--resume auto",
+        "Peak memory",
+        "Elapsed",
+        "s/step",
         "torch",
         "textencoder 1",
         "Skipped steps",
     ):
         assert text in page.text
     assert "Time left" in page.text and "0:40" in page.text  # 80 steps of half a second
+
+
+def test_the_resume_command_is_offered_only_where_a_state_is() -> None:
+    for status, has_state, expected in (
+        ("training", False, "Run again"),
+        ("stopped", True, "Resume"),
+        ("finished", True, "Resume"),
+        ("finished", False, "Run again"),
+        ("ended by KeyError", False, "Run again"),
+    ):
+        shown = Page(render(description(), RunState(status, 1, 1, 1.0, "now", Curves(), has_state=has_state))).text
+        assert expected in shown and ("--resume auto" in shown) == (expected == "Resume"), status
+        assert (f"{NASTY}_2" in shown) == (expected == "Run again"), status
+        assert ("Took" in shown, "Elapsed" in shown) == (status != "training", status == "training")
+
+
+def test_every_axis_has_a_label() -> None:
+    for chart in charts(state()):
+        labels = re.findall(r'<text class="axis"[^>]*>([^<]*)</text>', chart)
+        assert len(labels) == 2 and all(labels), labels
 
 
 def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:

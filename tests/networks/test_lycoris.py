@@ -357,7 +357,7 @@ def test_arguments_that_would_do_nothing_or_harm_are_errors(arguments: list[str]
 
 
 def test_rank_that_boft_cannot_take_is_an_error():
-    with pytest.raises(UserError, match="--network_dim 7 is too small for algo=boft .* use 18 or more"):
+    with pytest.raises(UserError, match=r"--network_dim 7 is too small for algo=boft .* use 18 or more"):
         lycoris.create_network(1.0, 7, 1, None, [], tiny_mmdit(), algo="boft")
 
 

@@ -11,6 +11,7 @@ from library.options.option import Kind, Option, path
 from library.options.resolve import resolve_options
 from library.options.table import BY_NAME, OPTIONS
 from library.options.values import (
+    again_command,
     determining_options,
     metadata_options,
     modelspec_options,
@@ -96,5 +97,7 @@ def test_the_resume_command_repeats_the_options_and_goes_on_from_the_newest_stat
     }
     assert not {"--dry_run", "--initial_step", "--use_8bit_adam", "--caption_extention", "--sdpa"} & set(words)
     assert "--no_report" in words and words[words.index("--network_args") + 2] == "b=x y"
+    more = shlex.split(again_command(resolved(f"{line} --output_name cat"), 1).replace("\\\n", ""))
+    assert more[more.index("--output_name") + 1] == "cat_2" and "--resume" not in more
     launched = shlex.split(resume_command(args, 2).replace("\\\n", ""))
     assert launched[:5] == ["accelerate", "launch", "--num_processes", "2", "sd3_train_network.py"]

@@ -38,18 +38,6 @@ def dataset(*records: ImageRecord, subsets: tuple[SubsetSettings, ...]) -> Index
 
 
 @pytest.mark.parametrize(
-    ("kind", "title"),
-    [
-        ("medium", "Stable Diffusion 3 Medium"),
-        ("5-medium", "Stable Diffusion 3.5 Medium"),
-        ("5-large", "Stable Diffusion 3.5 Large"),
-    ],
-)
-def test_models_have_their_names_for_people(kind: str, title: str) -> None:
-    assert FamilyFacts(kind, Path("base"), None).title == title
-
-
-@pytest.mark.parametrize(
     ("kind", "architecture"),
     [
         ("medium", "stable-diffusion-3-medium/lora"),
@@ -95,7 +83,11 @@ def test_very_many_captions_keep_the_commonest_and_the_file_can_be_written(
     )
     base = tmp_path / "base.safetensors"
     base.write_bytes(b"x")
-    facts = RunFacts({"ss_seed": 1, **datasets_of_file([found])}, SPEC, FamilyFacts("medium", base, None))
+    facts = RunFacts(
+        {"ss_seed": 1, **datasets_of_file([found])},
+        SPEC,
+        FamilyFacts("medium", "Stable Diffusion 3 Medium", base, None),
+    )
     metadata = FileMetadata(facts).at(SaveFacts(1, 1, 1.0))
     kept = json.loads(metadata["ss_tag_frequency"])["cats"]
     assert 20 < len(kept) < 5000 and kept["a sentence of its own"] == 5000
@@ -143,7 +135,9 @@ def test_a_save_before_the_hash_is_ready_goes_without_it_and_the_final_one_waits
         return true_hash(path)
 
     monkeypatch.setattr(model_hash, "_sha256", slow)
-    described = FileMetadata(RunFacts({"ss_network_dim": 4}, SPEC, FamilyFacts("medium", base, None)))
+    described = FileMetadata(
+        RunFacts({"ss_network_dim": 4}, SPEC, FamilyFacts("medium", "Stable Diffusion 3 Medium", base, None))
+    )
     tensors = {"a": torch.ones(3)}
     metadata = described.at(SaveFacts(1, 1, 1.0))
     assert "ss_new_sd_model_hash" not in described.with_hashes(metadata, tensors, wait=False)
@@ -187,7 +181,9 @@ def test_without_metadata_the_few_keys_that_readers_need_stay(tmp_path: Path) ->
     base = tmp_path / "base.safetensors"
     base.write_bytes(b"x")
     training = {"ss_v2": False, "ss_network_dim": 4, "ss_seed": 1}
-    described = FileMetadata(RunFacts(training, SPEC, FamilyFacts("medium", base, None), minimal=True))
+    described = FileMetadata(
+        RunFacts(training, SPEC, FamilyFacts("medium", "Stable Diffusion 3 Medium", base, None), minimal=True)
+    )
     metadata = described.with_hashes(described.at(SaveFacts(1, 1, 1.0)), {"a": torch.ones(1)}, wait=True)
     assert {key for key in metadata if key.startswith("ss_")} == {"ss_v2", "ss_network_dim"}
     assert json.dumps(metadata)

@@ -8,6 +8,7 @@ import torch
 from library.sd3.mmdit import MMDiT, timestep_embedding
 from library.sd3.mmdit_config import MMDiTConfig
 from tests.sd3.diffusers_models import diffusers_transformer, randomised
+from tests.sd3.real_sizes import MMDITS
 
 VARIANTS = {
     "sd3-medium": {"qk_norm": False, "dual_attention_blocks": ()},
@@ -105,3 +106,13 @@ def test_timestep_embedding_equals_diffusers():
     timesteps = torch.tensor([0.0, 0.5, 123.0, 999.0])
     theirs = get_timestep_embedding(timesteps, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
     torch.testing.assert_close(timestep_embedding(timesteps), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_is_named_after_a_released_one_only_where_it_has_its_size():
+    titles = {kind: config.title for kind, config in MMDITS.items()}
+    assert titles == {
+        "sd3m": "Stable Diffusion 3 Medium",
+        "sd35m": "Stable Diffusion 3.5 Medium",
+        "sd35l": "Stable Diffusion 3.5 Large",
+    }
+    assert tiny_config(qk_norm=True).title == "MMDiT, 3 blocks, hidden 128"

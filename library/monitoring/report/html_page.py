@@ -54,6 +54,7 @@ class RunDescription:
     other_options: Mapping[str, str]  # at their defaults
     versions: Mapping[str, str]
     resume_command: str
+    again_command: str
     datasets: Sequence[DatasetSection] = ()
 
 
@@ -70,6 +71,7 @@ class RunState:
     by_timestep: Sequence[float | None] = ()
     sheet: Sheet = field(default_factory=Sheet)
     skipped_steps: int = 0
+    has_state: bool = False  # whether the run can be resumed
 
     @property
     def running(self) -> bool:
@@ -100,9 +102,7 @@ def render(run: RunDescription, state: RunState) -> str:
 {_previews(state.sheet)}
 <h2>Dataset</h2>
 {"".join(_dataset(dataset) for dataset in run.datasets)}
-<h2>To go on</h2>
-<div class="card"><pre id="resume">{escape(run.resume_command)}</pre><button data-copy="resume">Copy</button>
-<p class="note">States are saved with --save_state, and when Ctrl-C or SIGTERM ends the run.</p></div>
+{_command(run, state)}
 <h2>Options</h2>
 <div class="card">{_table(run.options)}<details><summary>Options at their defaults</summary>{_table(run.other_options)}</details></div>
 <h2>Versions</h2>
@@ -126,22 +126,23 @@ def charts(state: RunState) -> list[str]:
     rate_lines = [Line(name.removeprefix("lr/"), *curves[name], color) for color, name in enumerate(rates)]
     norm_x, norms = curves["gradient_norm"]
     figures = [
-        line_chart(Chart("Loss", lines)),
-        line_chart(Chart("Learning rate", rate_lines)),
-        bar_chart("Loss by timestep", _ranges(len(state.by_timestep)), state.by_timestep, "timesteps"),
+        line_chart(Chart("Loss", lines, y_label="loss")),
+        line_chart(Chart("Learning rate", rate_lines, y_label="learning rate")),
+        bar_chart("Loss by timestep", _ranges(len(state.by_timestep)), state.by_timestep, "timestep", "loss"),
         line_chart(
             Chart(
                 "Gradient norm before clipping",
                 [Line("each step", norm_x, norms, 2, "faint"), Line("smoothed", norm_x, smoothed(norms), 2)],
+                y_label="norm",
                 log=True,
             )
         ),
-        line_chart(Chart("Seconds a step", [Line("seconds", *curves["seconds"], 3)], from_zero=True)),
-        line_chart(Chart("Memory, GiB", [Line("GiB", *curves["memory_gib"], 4)], from_zero=True)),
+        line_chart(Chart("Time per step", [Line("s/step", *curves["seconds"], 3)], y_label="s/step", from_zero=True)),
+        line_chart(Chart("Memory", [Line("GiB", *curves["memory_gib"], 4)], y_label="GiB", from_zero=True)),
     ]
     if curves["norm/avg_key_norm"][0]:
         capped = [Line(label, *curves[name], color) for color, (name, label) in enumerate(NORMS.items())]
-        figures.append(line_chart(Chart("Norms of the layers' changes", capped)))
+        figures.append(line_chart(Chart("Norms of the layers' changes", capped, y_label="norm")))
     return figures
 
 
@@ -153,12 +154,12 @@ def _head(run: RunDescription, state: RunState) -> str:
     seconds = sorted(curves["seconds"][1][-101:])
     if seconds:
         middle = seconds[len(seconds) // 2]
-        tiles["Seconds a step"] = f"{middle:.2f}"
+        tiles["s/step"] = f"{middle:.2f}"
         if state.running:
             tiles["Time left"] = clock(middle * (run.max_steps - state.step))
     if curves["memory_gib"][1]:
-        tiles["Memory, peak"] = f"{max(curves['memory_gib'][1]):.1f} GiB"
-    tiles["Time so far"] = clock(state.seconds)
+        tiles["Peak memory"] = f"{max(curves['memory_gib'][1]):.1f} GiB"
+    tiles["Elapsed" if state.running else "Took"] = clock(state.seconds)
     if state.skipped_steps:
         tiles["Skipped steps"] = str(state.skipped_steps)
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles.items())
@@ -167,6 +168,20 @@ def _head(run: RunDescription, state: RunState) -> str:
         f'<header><h1>{escape(run.title)}</h1><span class="status">{escape(state.status)}, {escape(state.time)}</span></header>'
         f'<p class="note">{escape(" · ".join(run.about))}</p>'
         f'<div class="bar-of-run"><div style="width:{share:.1f}%"></div></div><dl class="tiles">{shown}</dl>'
+    )
+
+
+def _command(run: RunDescription, state: RunState) -> str:
+    """How to resume, where there is a state, or how to train again."""
+    title, command = ("Resume", run.resume_command) if state.has_state else ("Run again", run.again_command)
+    note = "States are saved with --save_state, and when Ctrl-C or SIGTERM ends the run."
+    if state.has_state and state.status == "finished":
+        note = "The run is finished: raise --max_train_steps or --max_train_epochs to train longer."
+    elif not state.has_state:
+        note = f"With a new --output_name, so that the files of this run stay. {note}"
+    return (
+        f'<h2>{title}</h2><div class="card"><pre id="command">{escape(command)}</pre>'
+        f'<button data-copy="command">Copy</button><p class="note">{note}</p></div>'
     )
 
 

@@ -35,13 +35,14 @@ class RunReport:
         metrics: RunMetrics,
         previews: Sequence[PreviewRecord],
         interrupted: Callable[[], bool] = lambda: False,
+        has_state: Callable[[], bool] = lambda: False,
     ):
         """description: without its datasets, which are added from `index`. previews: grows while the run goes on.
 
-        interrupted: whether a signal has asked the run to stop.
+        interrupted: whether a signal has asked the run to stop. has_state: whether the run can be resumed now.
         """
         self.description, self.index, self.metrics, self.previews = description, index, metrics, previews
-        self.interrupted = interrupted
+        self.interrupted, self.has_state = interrupted, has_state
         self.started = time.monotonic()
         self.progress = TrainProgress()
         self.thumbnails = ThumbnailCache()
@@ -88,6 +89,7 @@ class RunReport:
             by_timestep=metrics.averages.by_timestep.means(),
             sheet=self.thumbnails.sheet(list(self.previews)),
             skipped_steps=metrics.nonfinite.skipped,
+            has_state=self.has_state(),
         )
         return render(replace(description, datasets=self._sections), state)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 10, 40
+TICKS, X_LABEL, Y_LABEL = 24, 6, 12  # where their text begins, from the bottom and the left
 MOST_POINTS = 400  # of a line; more cannot be seen
 COLORS = 6  # --series-0 … --series-5
 
@@ -29,7 +30,8 @@ class Line:
 class Chart:
     title: str
     lines: Sequence[Line] = field(default_factory=tuple)
-    unit: str = "step"
+    unit: str = "step"  # of x
+    y_label: str = ""
     log: bool = False  # logarithmic y
     from_zero: bool = False  # y begins at 0
 
@@ -43,7 +45,7 @@ def line_chart(chart: Chart) -> str:
     low_x, high_x = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
     low, high = value_range([value for line in lines for value in line.y], chart.log)
     scale = _Scale(low_x, max(high_x, low_x + 1), 0.0 if chart.from_zero else low, high, chart.log)
-    parts = [_grid(scale, chart), *(_drawn(line, scale) for line in lines)]
+    parts = [_grid(scale, chart), _axis_labels(chart.unit, chart.y_label), *(_drawn(line, scale) for line in lines)]
     data = {
         "box": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
         "domain": [scale.low_x, scale.high_x],
@@ -53,15 +55,15 @@ def line_chart(chart: Chart) -> str:
     return _figure(chart.title, "".join(parts), _legend(lines), json.dumps(data))
 
 
-def bar_chart(title: str, labels: Sequence[str], values: Sequence[float | None], unit: str) -> str:
-    """A <figure> with a bar for each value; None leaves a gap."""
+def bar_chart(title: str, labels: Sequence[str], values: Sequence[float | None], unit: str, y_label: str = "") -> str:
+    """A <figure> with a bar for each value; None leaves a gap. unit, y_label: what the axes show."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return (
             f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="none">No values yet.</p></figure>'
         )
     scale = _Scale(0, len(values), 0.0, max(known) * 1.08 or 1.0, False)
-    parts = []
+    parts = [_axis_labels(unit, y_label)]
     for tick in nice_ticks(0.0, scale.high):
         parts.append(_grid_line(scale.y(tick), _tick(tick)))
     for index, (label, value) in enumerate(zip(labels, values, strict=True)):
@@ -72,7 +74,7 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float | None],
                 f'<rect class="bar" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{HEIGHT - BOTTOM - top:.1f}" rx="2">'
                 f"<title>{escape(unit)} {escape(label)}: {_short(value)}</title></rect>"
             )
-        text = f'<text x="{(left + right) / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(label.split("–")[0])}</text>'
+        text = f'<text x="{(left + right) / 2:.1f}" y="{HEIGHT - TICKS}" text-anchor="middle">{escape(label.split("–")[0])}</text>'
         parts.append(text)
     return _figure(title, "".join(parts), "", "")
 
@@ -157,8 +159,17 @@ def _grid(scale: _Scale, chart: Chart) -> str:
     for tick in nice_ticks(scale.low_x, scale.high_x):
         if tick == int(tick):
             x = scale.x(tick)
-            lines.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick)}</text>')
+            lines.append(f'<text x="{x:.1f}" y="{HEIGHT - TICKS}" text-anchor="middle">{int(tick)}</text>')
     return "".join(lines)
+
+
+def _axis_labels(x: str, y: str) -> str:
+    middle, center = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    return (
+        f'<text class="axis" x="{middle:.1f}" y="{HEIGHT - X_LABEL}" text-anchor="middle">{escape(x)}</text>'
+        f'<text class="axis" x="{Y_LABEL}" y="{center:.1f}" text-anchor="middle" '
+        f'transform="rotate(-90 {Y_LABEL} {center:.1f})">{escape(y)}</text>'
+    )
 
 
 def _grid_line(y: float, label: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from library.monitoring.contact_sheet import PreviewRecord, columns_of, fitted
 from library.monitoring.report.html_page import Picture, Sheet
 
-PREVIEW_SIDE, THUMBNAIL_SIDE = 256, 112  # pixels
+PREVIEW_SIDE, THUMBNAIL_SIDE = 384, 112  # pixels
 MOST_PROMPTS = 12
 
 

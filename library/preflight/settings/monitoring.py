@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.flow.samplers import SAMPLERS
 from library.flow.timesteps import validation_timesteps
 from library.options.values import (
+    again_command,
     resume_command,
     secret_values,
     shared_options,
@@ -101,6 +103,8 @@ def report_settings(args: argparse.Namespace, processes: int) -> ReportSettings 
         changed=changed,
         defaults=defaults,
         resume_command=resume_command(args, processes),
+        again_command=again_command(args, processes),
+        states=f"{glob.escape(args.output_name or '')}*-state",
     )
 
 
