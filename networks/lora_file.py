@@ -17,6 +17,13 @@ from networks.parameter_groups import parts_of, without_absent_parts
 from networks.weight_files import PICKLED, group_by_layer, listed, read_network_file
 
 logger = logging.getLogger(__name__)
+MIN_DIMENSIONS = {
+    "dora_scale": 1,
+    "diff_b": 1,
+    "bias": 1,
+    "scalar": 0,
+    "rescale": 0,
+}  # of those that may have fewer than 2
 PEFT_CONFIG = "adapter_config.json"
 
 
@@ -79,6 +86,20 @@ def layers_of_file(
     if unknown:
         near = nearest_name(unknown[0], available)
         raise UserError(f"{where} has LoRAs for layers that this model lacks: {listed(unknown)}.{near}")
+    flat = [
+        f"{name}.{suffix}"
+        for name, tensors_of_layer in layers.items()
+        for suffix, tensor in tensors_of_layer.items()
+        if (
+            tensor.numel() != 1
+            if suffix == "alpha"
+            else tensor.numel() == 0 or tensor.dim() < MIN_DIMENSIONS.get(suffix, 2)
+        )
+    ]
+    if flat:
+        raise UserError(
+            f"{where} is damaged: these are empty or have too few dimensions, or an alpha is not one number: {listed(flat)}."
+        )
     return FileLayers(where, tensors, layers)
 
 

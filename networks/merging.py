@@ -98,6 +98,8 @@ def check_change(name: str, tensors: Mapping[str, Tensor], layer: BaseLayer) -> 
     shape = layer.weight.shape if isinstance(layer, nn.Conv2d) else (layer.out_features, layer.in_features)
     if "diff_b" in tensors and (layer.bias is None or tensors["diff_b"].shape != layer.bias.shape):
         return f"{name} has a diff_b that does not fit the layer's bias."
+    if "alpha" in tensors and tensors["alpha"].numel() != 1:
+        return f"{name} has an alpha of {list(tensors['alpha'].shape)}, not one number."
     if "oft_blocks" in tensors and float(tensors.get("alpha", 0.0)) != 0:
         return f"{name} is a rotation with a constraint, which readers take differently."
     try:
@@ -105,7 +107,8 @@ def check_change(name: str, tensors: Mapping[str, Tensor], layer: BaseLayer) -> 
             suffix: torch.empty(tensor.shape, device="meta") for suffix, tensor in tensors.items() if suffix != "alpha"
         }
         weight_change(meta, torch.empty(shape, device="meta")).view(shape)
-    except (KeyError, RuntimeError, ValueError):
+        merged_weight(torch.empty(shape, device="meta"), meta)
+    except (KeyError, RuntimeError, ValueError, IndexError, TypeError):
         shapes = ", ".join(f"{suffix} {list(tensor.shape)}" for suffix, tensor in sorted(tensors.items()))
         return f"{name} does not fit a layer of {list(shape)}: {shapes}."
     return None

@@ -74,10 +74,10 @@ def network_module(name: str | None) -> NetworkModule:
 
     UserError where there is none, or it lacks a function.
     """
-    if not name:
-        raise UserError("--network_module is missing: networks.lora_sd3 trains a LoRA.")
-    target = KNOWN.get(name, name)
     advice = "Use networks.lora_sd3 for LoRA and DoRA, or lycoris.kohya for LoHa, LoKr and other LyCORIS algorithms."
+    if not name:
+        raise UserError(f"--network_module is missing. {advice}")
+    target = KNOWN.get(name, name)
     try:
         module = importlib.import_module(target)
     except ModuleNotFoundError as error:

@@ -26,7 +26,10 @@ def read_network_file(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         read_header(path)  # names what is wrong with the file
-        return load_file(str(path))
+        try:
+            return load_file(str(path))
+        except Exception as error:  # a dtype that torch lacks, a file that changes while it is read
+            raise UserError(f"{path} can't be read as a file of weights: {error}") from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -42,6 +42,7 @@ from library.common.errors import UserError
 from library.data.augment import uncacheable_augmentations
 from library.data.dataset import IndexedDataset
 from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR, Pixels, read_pixels, shrink_mask, to_tensor
+from library.data.settings import Size
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class LatentCache:
             tensors = read_cache(path, lambda stored: stored in (name, "mask"))
             if name not in tensors:
                 raise UserError(f"{path}: it holds no {name}. Run once without --skip_cache_check to make it again.")
+            _check_shapes(path, tensors, self.entries[key].record.bucket)
         mask = tensors.get("mask")
         return tensors[name], mask.flip(-1) if mask is not None and flipped else mask
 
@@ -259,3 +261,14 @@ def _read(entry: Entry) -> Pixels | UserError:
         return read_pixels(entry.record, entry.subset, random.Random(0))
     except UserError as error:
         return error
+
+
+def _check_shapes(path: Path, tensors: Mapping[str, Tensor], bucket: Size) -> None:
+    """UserError where a cache file holds other shapes than an image of this bucket has."""
+    cells = bucket[1] // VAE_SCALE_FACTOR, bucket[0] // VAE_SCALE_FACTOR
+    for name, tensor in tensors.items():
+        expected = (1 if name == "mask" else LATENT_CHANNELS, *cells)
+        if tuple(tensor.shape) != expected:
+            raise UserError(
+                f"{path}: its {name} is {list(tensor.shape)}, not {list(expected)}. Delete the file; it will be made again."
+            )

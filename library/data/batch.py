@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from library.common.errors import UserError
 from library.data.settings import Size
 
 
@@ -74,7 +75,14 @@ class Batch:
 def stack_texts(texts: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
     """One row a sample -> the batch's outputs by name; None where captions are encoded in the step."""
     rows = [text for text in texts if text is not None]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else None
+    try:
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else None
+    except (KeyError, RuntimeError):
+        shapes = sorted({str({name: list(tensor.shape) for name, tensor in row.items()}) for row in rows})
+        raise UserError(
+            f"Cached text encoder outputs of one batch differ in shape: {'; '.join(shapes)}. Delete the cache files;"
+            " they will be made again."
+        ) from None
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:

@@ -22,6 +22,7 @@ class Listing:
     images: dict[str, Stamp] = field(default_factory=dict)
     captions: dict[str, tuple[str, Stamp]] = field(default_factory=dict)  # by the stem that they belong to
     links: list[str] = field(default_factory=list)  # those of the images that are symbolic links
+    caption_links: set[str] = field(default_factory=set)  # those of the caption files that are
     passed_over: dict[str, int] = field(
         default_factory=dict
     )  # extension -> number, of images in formats that can't be read
@@ -63,6 +64,8 @@ def list_folder(folder: str, caption_extension: str | None = None) -> Listing:
                     listing.links.append(name)
             elif (stem := name[: -len(caption_end)]) not in captions or name.endswith(caption_extension or ""):
                 captions[stem] = (name, stamp)  # ".txt" before ".TXT"
+                if entry.is_symlink():
+                    listing.caption_links.add(name)
     return listing
 
 

@@ -12,6 +12,7 @@ from library.data.folder import Listing, list_folder, pair, stem_of
 from library.data.index_cache import IndexCache, Stamp, forget_stale
 from library.data.scan import Scan, ScannedImage, ScanOptions, as_text, first_names, in_threads, read_sizes
 from library.data.settings import Size, SubsetSettings
+from library.data.text_links import caption_link_problem
 
 
 def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
@@ -26,7 +27,8 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
     cache_file = index_cache.cache_path(Path(listing.folder), subset.cache_info, options.cache_dir)
     cache = index_cache.load(cache_file)
     pairs, duplicate_stems = pair(listing)
-    used = set(pairs.values())
+    refused = set() if options.allow_external_links else _refused_links(listing, pairs, subset, scan)
+    used = set(pairs.values()) - refused
     caption_stamps = {name: stamp for name, stamp in listing.captions.values() if name in used}
     sizes = read_sizes(listing.folder, listing.images, cache, options.workers, scan.bad)
     texts = read_captions(listing.folder, caption_stamps, cache, options.workers, scan.bad)
@@ -44,6 +46,18 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
     if subset.conditioning_data_dir is not None:
         _add_masks(scan, subset, options)
     return scan
+
+
+def _refused_links(listing: Listing, pairs: Mapping[str, str | None], subset: SubsetSettings, scan: Scan) -> set[str]:
+    """The caption files that are links to texts outside of the dataset; each is listed as bad."""
+    refused = {}
+    for image, caption in pairs.items():
+        if caption is not None and caption in listing.caption_links:
+            problem = caption_link_problem(listing.folder, caption, image, subset.caption_extension)
+            if problem:
+                refused[caption] = problem
+    scan.bad += [(os.path.join(listing.folder, caption), problem) for caption, problem in refused.items()]
+    return set(refused)
 
 
 def caption_text(content: bytes) -> str:

@@ -12,8 +12,11 @@ from io import FileIO
 
 from library.data.settings import Size
 
-LARGEST_AREA = 178_956_970
-"""Pixels above which Pillow refuses to decode, as a guard against decompression bombs."""
+LARGEST_AREA = 89_478_485
+"""Pixels above which Pillow warns of decompression bombs: a small file may take gigabytes to decode. No larger image is decoded whole."""
+
+LARGEST_REDUCED_AREA = 2 * LARGEST_AREA
+"""Pixels of a JPEG file, which can be decoded at half the size; above it Pillow refuses to open a file."""
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 OPTIONAL_EXTENSIONS = frozenset({".avif", ".jxl"})
@@ -70,10 +73,17 @@ def image_size(path: str) -> Size:
     except OSError as error:
         raise BadImageError(f"can't be read: {error.strerror or error}") from None
     if size[0] * size[1] > LARGEST_AREA:
-        raise BadImageError(
-            f"{size[0]}x{size[1]} is larger than the {LARGEST_AREA / 1e6:.0f} megapixels that can be decoded"
-        )
+        largest = LARGEST_REDUCED_AREA if _is_jpeg(path) else LARGEST_AREA
+        if size[0] * size[1] > largest:
+            raise BadImageError(
+                f"{size[0]}x{size[1]} is larger than the {largest / 1e6:.0f} megapixels that are decoded: scale it down"
+            )
     return size
+
+
+def _is_jpeg(path: str) -> bool:
+    with open(path, "rb") as file:  # noqa: PTH123
+        return file.read(3) == b"\xff\xd8\xff"
 
 
 def _pillow_size(path: str, decode: bool) -> Size:
@@ -89,7 +99,9 @@ def _pillow_size(path: str, decode: bool) -> Size:
     except UnidentifiedImageError:
         raise BadImageError("no image that can be read (another format, or damaged)") from None
     except Image.DecompressionBombError:
-        raise BadImageError(f"larger than the {LARGEST_AREA / 1e6:.0f} megapixels that can be decoded") from None
+        raise BadImageError(
+            f"larger than the {LARGEST_REDUCED_AREA / 1e6:.0f} megapixels that can be decoded"
+        ) from None
     except Exception as error:  # a damaged file may raise anything in a decoder
         raise BadImageError(f"damaged or truncated: {error}") from None
     return (height, width) if turned else (width, height)

@@ -18,6 +18,7 @@ from library.common.errors import UserError
 from library.data.augment import change_colors
 from library.data.buckets import cover
 from library.data.dataset import ImageRecord
+from library.data.headers import LARGEST_AREA
 from library.data.settings import Size, SubsetSettings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def read_pixels(record: ImageRecord, subset: SubsetSettings, rng: random.Random)
     Flipping is left to the caller, because cached latents are flipped too. UserError names an image that cannot be read.
     """
     image = open_image(record.path)
-    if image.size != record.size:
+    if not _is_of_size(image.size, record.size):
         raise UserError(
             f"{record.path}: it is {image.width}x{image.height}, but was {record.size[0]}x{record.size[1]} when the run "
             "began. Leave images alone while they are trained on, and start again."
@@ -72,12 +73,23 @@ def read_pixels(record: ImageRecord, subset: SubsetSettings, rng: random.Random)
     return Pixels(np.asarray(image), None if mask is None else np.asarray(mask), (left, top), resized)
 
 
+def _is_of_size(size: Size, recorded: Size) -> bool:
+    """Whether decoding gave the size that the header has, or half of it where the image is too large to be decoded whole."""
+    if recorded[0] * recorded[1] <= LARGEST_AREA:
+        return size == recorded
+    return all(2 * side - 1 <= whole <= 2 * side for side, whole in zip(size, recorded))
+
+
 def open_image(path: str) -> Image:
     """The first frame of an image file, upright (EXIF), in mode RGB, RGBA or L. UserError if it cannot be read."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
+            if file.width * file.height > LARGEST_AREA:
+                file.draft(None, (file.width // 2, file.height // 2))  # a JPEG is decoded at half its size
+            if file.width * file.height > LARGEST_AREA:
+                raise ValueError(f"{file.width}x{file.height} takes too much memory")
             file.load()
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I") or image.mode == "F":

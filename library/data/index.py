@@ -55,6 +55,7 @@ def build_index(
     cache_dir: Path | None = None,
     saves_index: bool = True,
     skip_bad_images: bool = False,
+    allow_external_links: bool = False,
     seed: int = 0,
 ) -> DatasetIndex:
     """Index all datasets from file headers and caption files.
@@ -62,13 +63,15 @@ def build_index(
     `cache_dir`: where index caches are kept; None keeps them beside the images of subsets with cache_info alone.
     `saves_index`: whether they are written, too.
     `skip_bad_images`: leave out images that can't be used, with a warning, instead of stopping.
+    `allow_external_links`: read caption and metadata files that are symbolic links to anywhere.
     `seed`: chooses the validation images of datasets without a validation_seed.
 
     Raises one UserError with every problem of every dataset.
     """
     started = time.perf_counter()
     with gc_disabled():
-        index = _build(datasets, ScanOptions(workers, cache_dir, saves_index), skip_bad_images, seed)
+        scan_options = ScanOptions(workers, cache_dir, saves_index, allow_external_links)
+        index = _build(datasets, scan_options, skip_bad_images, seed)
     images = sum(len(dataset.records) for dataset in [*index.training, *index.validation])
     logger.info("Indexed %d images in %.1f s", images, time.perf_counter() - started)
     return index

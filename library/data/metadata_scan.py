@@ -16,6 +16,7 @@ from library.data.captions import joiner
 from library.data.index_cache import Stamp
 from library.data.scan import Scan, ScannedImage, ScanOptions, first_names, read_sizes
 from library.data.settings import Size, SubsetSettings
+from library.data.text_links import metadata_link_problem
 
 MAX_BYTES = 1024**3
 """Of a metadata file: two million long captions."""
@@ -35,6 +36,10 @@ def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
     """Scan the images that a metadata file names, in the order of their paths."""
     scan = Scan()
     path = subset.metadata_file or Path()
+    link = "" if options.allow_external_links else metadata_link_problem(str(path), _folder(subset))
+    if link:
+        scan.problems.append(f"{subset.name}: {link}")
+        return scan
     entries: dict[str, Entry] = {}
     stamps: dict[str, Stamp] = {}
     twice: list[str] = []
@@ -59,6 +64,10 @@ def scan_metadata(subset: SubsetSettings, options: ScanOptions) -> Scan:
             scan.links.append(image)
     _warn(scan, subset, entries, twice)
     return scan
+
+
+def _folder(subset: SubsetSettings) -> str | None:
+    return None if subset.image_dir is None else str(subset.image_dir)
 
 
 def full_caption(caption: str, tags: str, subset: SubsetSettings) -> str:

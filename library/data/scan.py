@@ -50,6 +50,7 @@ class ScanOptions:
     workers: int
     cache_dir: Path | None
     saves_index: bool = True  # False: index caches are read and not written
+    allow_external_links: bool = False  # read texts that symbolic links bring in from anywhere
 
 
 def read_sizes(

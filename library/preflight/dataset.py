@@ -25,6 +25,7 @@ class DataSettings:
     cache_dir: Path | None = None
     saves_index: bool = True  # index caches
     skip_bad_images: bool = False
+    allow_external_links: bool = False
     masked_loss: bool = False
     caches_latents: bool = False
     caches_text: bool = False
@@ -39,6 +40,7 @@ def index_data(settings: DataSettings, seed: int) -> DatasetIndex:
         cache_dir=settings.cache_dir,
         saves_index=settings.saves_index,
         skip_bad_images=settings.skip_bad_images,
+        allow_external_links=settings.allow_external_links,
         seed=seed,
     )
 

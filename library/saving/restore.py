@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -19,14 +20,27 @@ logger = logging.getLogger(__name__)
 
 def restore(state: SavedState, network: nn.Module, components: Mapping[str, Stateful]) -> TrainProgress:
     """Load the weights and every component from the state. UserError where one of its files is missing."""
-    network.load_state_dict(state.weights(), strict=True)
+    _load(state, "model.safetensors", lambda: network.load_state_dict(state.weights(), strict=True))
     for name, component in components.items():
         saved = state.component(name)
         if saved is None:
             raise UserError(f"--resume {state.folder}: {name}.pt is missing. Resume from another state.")
-        component.load_state_dict(saved)
+        _load(state, f"{name}.pt", partial(component.load_state_dict, saved))
     logger.info("Resumed at step %d (epoch %d)", state.position.step, state.position.epoch + 1)
     return state.position
+
+
+def _load(state: SavedState, file: str, load: Callable[[], object]) -> None:
+    """Load a part of the state. UserError where it is whole, but holds other things than this run's."""
+    try:
+        load()
+    except UserError as error:
+        raise UserError([f"--resume {state.folder}: {file}: {problem}" for problem in error.problems]) from error
+    except Exception as error:  # each component fails in its own way on a state that is not its own
+        raise UserError(
+            f"--resume {state.folder}: {file} does not fit this run ({type(error).__name__}: {error})."
+            " Resume from another state, or start a new run with --network_weights."
+        ) from error
 
 
 def override_start(start: TrainProgress, state: SavedState | None, schedule: Schedule) -> TrainProgress:

@@ -20,13 +20,14 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 
 from library.common.errors import UserError
 from library.common.files import flush_folder, flush_to_disk, save_safetensors, write_text
 from library.common.safetensors_header import read_header
+from library.common.text_files import parse_json, read_text
 from library.training.train_progress import TrainProgress
 
 logger = logging.getLogger(__name__)
@@ -169,8 +170,10 @@ def open_state(folder: Path, whole: bool = True) -> SavedState:
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: there is no such folder. Give a folder that ends in -state, or auto.")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = cast("dict[str, Any]", parse_json(read_text(path)))
         progress = TrainProgress(**facts["position"])
+        if not all(type(number) is int and 0 <= number < 2**53 for number in asdict(progress).values()):
+            raise _Damaged(f"{POSITION_FILE} holds a position that is none")
         if whole:
             _check_files(folder)
         return SavedState(folder, progress, dict(facts["options"]))

@@ -21,6 +21,7 @@ from library.training.optimizer_args import as_text, parse_keyword_args
 from library.training.optimizer_names import OptimizerSource, find_optimizer
 
 logger = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch's Adam variants: their weights' shape
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,7 @@ def build_optimizer(
     """Build the optimizer for `param_groups` ({"params": […], "lr": …} each), which must lie on their device already.
 
     torch's own take their fused form wherever the device has it, unless the arguments choose another. Raises UserError
-    as `check_optimizer` would.
-    """
+    as `check_optimizer` would."""
     arguments = _parse(optimizer_args)
     source = find_optimizer(name)
     groups = [{**group, "params": list(group["params"])} for group in param_groups]
@@ -175,12 +175,16 @@ def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict(saved)
     if not {"state", "param_groups"} <= saved.keys():
         return  # a wrapper around another optimizer, with a layout of its own
+    is_torchs = type(optimizer).__module__.startswith("torch.optim")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         state = optimizer.state.get(parameter, {})
         for key, value in saved["state"].get(index, {}).items():
             now = state.get(key)
+            size = value.numel() if isinstance(value, Tensor) and key in MOMENTS else 1
+            if is_torchs and size not in (1, parameter.numel()):  # torch would fail at the first step
+                raise UserError(f"its {key} of {size} numbers is not for weights of {list(parameter.shape)}.")
             if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
                 state[key] = value.detach().to(now.device)
         if getattr(optimizer, "is_paged", False):  # bitsandbytes restores paged state into ordinary device memory

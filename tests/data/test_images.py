@@ -14,6 +14,7 @@ from PIL import Image
 from library.common.errors import UserError
 from library.data.augment import HUE_DEGREES, SHARE, apply_gamma, change_colors, turn_hue
 from library.data.dataset import ImageRecord
+from library.data.headers import BadImageError, image_size
 from library.data.images import face_window, open_image, read_pixels, resampling
 from library.data.settings import Interpolation, SubsetSettings
 
@@ -149,3 +150,20 @@ def test_colours_change_in_a_third_of_the_cases_and_only_a_little():
     assert np.asarray(turn_hue(Image.new("RGB", (1, 1), (255, 0, 0)), HUE_DEGREES))[0, 0].tolist()[1] > 40
     dark, light = (np.asarray(apply_gamma(image, g)).mean() for g in (0.95, 1.05))
     assert dark < np.asarray(image).mean() < light and light - dark < 8
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(BadImageError, match="13000x13000 is larger than the 89 megapixels"):
+        image_size(str(tmp_path / "bomb.png"))
+    with pytest.raises(UserError, match="too much memory"):
+        open_image(str(tmp_path / "bomb.png"))
+
+
+def test_a_very_large_jpeg_is_decoded_at_half_its_size(tmp_path: Path):
+    path = tmp_path / "large.jpg"
+    Image.new("L", (9_501, 9_500), 80).save(path)
+    assert image_size(str(path)) == (9_501, 9_500)
+    assert open_image(str(path)).size == (4_751, 4_750)
+    pixels = read_pixels(record(path, (9_501, 9_500)), PLAIN, random.Random(0))
+    assert pixels.image.shape == (64, 64, 3) and set(np.unique(pixels.image)) == {80}

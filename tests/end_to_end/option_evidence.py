@@ -182,6 +182,7 @@ ELSEWHERE = {
         if name not in PEEK
     },
     "caption_extention": f"{HERE}::test_the_old_spelling_of_caption_extension_finds_captions",
+    "allow_external_links": "tests/data/test_text_links.py::test_a_caption_that_links_elsewhere_is_a_problem",
     "skip_bad_images": "tests/data/test_index.py::test_skip_bad_images_trains_on_the_rest_and_says_what_is_left_out",
     "config_file": f"{CONFIG_FILE}::test_command_line_wins_over_the_file_and_the_file_over_defaults",
     "output_config": f"{CONFIG_FILE}::test_output_config_writes_no_secret_no_default_and_only_once",

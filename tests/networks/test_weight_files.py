@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from library.common.errors import UserError
+from networks.lora_file import layers_of_file
+from networks.merging import check_change
 from networks.weight_files import group_by_layer, in_dtype, read_network_file, write_network_file
 
 TENSORS = {"lora_unet_a.lora_up.weight": torch.randn(3, 2), "lora_unet_a.alpha": torch.tensor(2.0)}
@@ -89,3 +91,19 @@ def test_single_numbers_keep_their_value(value: float):
 def test_magnitudes_and_alphas_stay_float32(suffix: str):
     tensor = torch.randn(1, 5)
     assert torch.equal(in_dtype(f"lora_unet_a.{suffix}", tensor, torch.bfloat16), tensor)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"), [((), (4,), ()), ((0, 64), (64, 0), ()), ((4,), (4, 4), ()), ((4, 64), (64, 4), (2,))]
+)
+def test_a_file_of_flat_tensors_is_refused(tmp_path, down, up, alpha):
+    name = "lora_unet_layer"
+    shapes = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+    save_file({f"{name}.{key}": torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="too few dimensions"):
+        layers_of_file(str(tmp_path / "a.safetensors"), None, {name: torch.nn.Linear(64, 64)})
+    assert "alpha" in str(
+        check_change(name, {"alpha": torch.zeros(2), "diff": torch.zeros(64, 64)}, torch.nn.Linear(64, 64))
+    )
+    assert check_change(name, {"diff": torch.zeros(())}, torch.nn.Linear(64, 64))
+    assert check_change(name, {"diff": torch.zeros(64, 64), "dora_scale": torch.zeros(3)}, torch.nn.Linear(64, 64))

@@ -9,14 +9,19 @@ import pytest
 import torch
 
 from library.common.errors import UserError
+from library.saving.restore import restore
 from library.saving.state import (
+    Snapshot,
     changed_options,
     newest_state,
     open_state,
+    random_states,
     restore_random_states,
     take_snapshot,
     write_state,
 )
+from library.training.ema import WeightEma
+from library.training.optimizers import OptimizerBundle
 from library.training.train_progress import TrainProgress
 
 
@@ -107,3 +112,24 @@ def test_what_is_not_a_state_is_said_in_one_message(tmp_path, content):
 
 def test_changed_options_are_named_with_both_values():
     assert changed_options({"a": 1, "b": [1, 2]}, {"a": 2, "b": (1, 2)}) == ["a: 1 -> 2"]
+
+
+@pytest.mark.parametrize("part", ["optimizer", "scheduler", "ema", "model"])
+def test_a_whole_state_of_another_run_is_a_message(tmp_path, part):
+    network = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(4)).sum().backward()
+    optimizer.step()
+    components = {
+        "optimizer": OptimizerBundle(optimizer, "", False, None),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2),
+        "ema": WeightEma(dict(network.named_parameters()), 0.9),
+    }
+    states = {name: component.state_dict() for name, component in components.items()}
+    moments = {**states["optimizer"], "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}}}
+    wrong = {"optimizer": moments, "scheduler": [1], "ema": {"averages": 3}}
+    weights = dict(network.state_dict()) if part != "model" else {"other": torch.zeros(2)}
+    given = {name: wrong[name] if name == part else state for name, state in states.items()}
+    write_state(tmp_path / "a-state", Snapshot(TrainProgress(), {"seed": 1}, weights, given, random_states()))
+    with pytest.raises(UserError, match=part):
+        restore(open_state(tmp_path / "a-state"), network, components)

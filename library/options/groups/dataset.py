@@ -185,6 +185,14 @@ DATASET = Group(
             False,
         ),
         Option(
+            "--allow_external_links",
+            "Read caption and metadata files that are symbolic links to files outside of the dataset. Their text is published in the LoRA's metadata.",
+            "データセット外のファイルを指すシンボリックリンクのキャプション・メタデータファイルも読みます。内容はLoRAのメタデータに記録され、公開されます。",
+            bool,
+            False,
+            resume_safe=True,
+        ),
+        Option(
             "--max_data_loader_n_workers",
             "How many processes read images ahead; never more than the machine has cores.",
             "画像を先読みするプロセス数。CPUコア数を超えません。",

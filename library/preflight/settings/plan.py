@@ -69,6 +69,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
         cache_dir=path_or_none(args.cache_dir),
         saves_index=not is_only_shown(args),
         skip_bad_images=args.skip_bad_images,
+        allow_external_links=args.allow_external_links,
         masked_loss=args.masked_loss,
         caches_latents=args.cache_latents,
         caches_text=args.cache_text_encoder_outputs,
