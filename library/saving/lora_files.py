@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.common.errors import UserError
 from library.saving.hub import HubUploader
 from library.saving.metadata import FileMetadata
 from library.saving.run_facts import save_facts
-from library.saving.saver import BackgroundSaver, remove, write_weights
+from library.saving.saver import BackgroundSaver, fallback_folders, remove, write_weights_somewhere
 from library.training.ema import WeightEma
 from library.training.optimizers import OptimizerBundle
 from library.training.train_progress import TrainProgress
@@ -53,6 +54,7 @@ class LoraFileSettings:
 
     dtype: torch.dtype | None = None
     format: str = "kohya"
+    cache_dir: Path | None = None  # where a file goes that the output folder has no room for
     ema_beside: bool = True  # the EMA in a file of its own; False: in place of the live weights
 
     def names_of(self, path: Path, has_average: bool) -> list[Path]:
@@ -103,9 +105,15 @@ class LoraFileWriter:
 
         def write() -> None:
             outputs = [each for target, tensors in files for each in self.settings.formats_of(target, tensors)]
+            problems: list[str] = []
             for target, tensors in outputs:
-                write_weights(target, tensors, described.with_hashes(metadata, tensors, wait=final))
-                self.upload(target)
+                facts = described.with_hashes(metadata, tensors, wait=final)
+                fallbacks = fallback_folders(self.settings.cache_dir)
+                written, wrong = write_weights_somewhere(target, tensors, facts, fallbacks)
+                problems += wrong
+                self.upload(written)
+            if problems:
+                raise UserError(problems)
             remove([old for old in obsolete() if old not in {target for target, _ in outputs}])
 
         self.saver.submit(write)

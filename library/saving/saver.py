@@ -11,8 +11,10 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from torch import Tensor
@@ -81,6 +83,38 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             with atomic_write(path) as temporary, temporary.open("wb") as file:
                 torch.save(dict(tensors), file)  # given a path, torch reports a full disk by an error of its own
     logger.info("Saved %s", path)
+
+
+def write_weights_somewhere(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fallbacks: Sequence[Path]
+) -> tuple[Path, list[str]]:
+    """Write a LoRA file, on a full disk into the first of the other folders that takes it; return where it is, and what went wrong."""
+    try:
+        write_weights(path, tensors, metadata)
+        return path, []
+    except UserError as error:
+        for folder in fallbacks:
+            other = _unused(folder / path.name)
+            with suppress(UserError):
+                write_weights(other, tensors, metadata)
+                return other, [f"{error} The LoRA is in {other}: nothing of the training is lost."]
+        raise
+
+
+def fallback_folders(cache_dir: Path | None) -> list[Path]:
+    """Where a LoRA goes that its own folder does not take: --cache_dir, the home folder, the system's folder for temporary files."""
+    folders = [] if cache_dir is None else [cache_dir]
+    with suppress(RuntimeError):  # a user without a home
+        folders.append(Path.home())
+    with suppress(OSError):
+        folders.append(Path(gettempdir()))
+    return folders
+
+
+def _unused(path: Path) -> Path:
+    """The path, with a number where there is such a file already."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(each for each in chain([path], numbered) if not each.exists())
 
 
 @contextmanager

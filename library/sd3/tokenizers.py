@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,8 @@ import torch
 from torch import Tensor
 
 from library.common.errors import UserError
+from library.common.files import temporary_name
+from library.common.processes import remove_stale_temporaries
 
 HUB_NAMES = {
     "clip_l": "openai/clip-vit-large-patch14",
@@ -241,7 +242,8 @@ def _suggested_folder(name: str, cache: Path | None, checkpoint: Path | None) ->
 def _keep(tokenizer: Any, folder: Path) -> None:
     """Save a downloaded tokenizer, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    remove_stale_temporaries([folder.parent])
+    temporary = temporary_name(folder)
     try:
         tokenizer.save_pretrained(str(temporary))
         if not folder.exists():  # another process may have been faster

@@ -370,3 +370,38 @@ def test_two_runs_under_one_name_do_not_mix_and_a_killed_one_leaves_nothing(work
     (tmp_path / "out" / ".lora-step00000004-state.tmp").mkdir()
     assert main([*words, "--max_train_steps", "2"]) == 0
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize(("full", "expected"), [(1, "caches"), (2, "home"), (3, "tmp"), (4, None)])
+def test_a_full_disk_at_the_end_does_not_cost_the_lora(
+    workshop: Workshop, tmp_path: Path, monkeypatch, capsys, full: int, expected: str | None
+):
+    """A run without saves on the way: the file goes where there is room, and the message says where that is."""
+    folders = [tmp_path / name for name in ("out", "caches", "home", "tmp")]
+    for folder in folders[1:]:
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    plain = safetensors.torch.save_file
+
+    def save(tensors, path, metadata=None):
+        if Path(path).parent in folders[:full]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    words = workshop.arguments(folders[0], UNET, "--ema_decay", "0.9", max_train_steps=2)
+    if expected is not None:
+        (tmp_path / expected / "lora-ema.safetensors").write_bytes(b"another's")
+    assert main([*words, "--cache_dir", str(tmp_path / "caches")]) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "Traceback" not in told
+    files = [path for folder in folders for path in sorted(folder.glob("lora*.safetensors"))]
+    if expected is None:
+        assert files == []
+        return
+    names = ["lora-ema-2.safetensors", "lora-ema.safetensors", "lora.safetensors"]
+    assert files == [tmp_path / expected / name for name in names]
+    assert (tmp_path / expected / "lora-ema.safetensors").read_bytes() == b"another's"
+    for name in (names[0], names[2]):
+        assert load_file(tmp_path / expected / name) and str(tmp_path / expected / name) in told

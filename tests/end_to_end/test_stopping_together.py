@@ -38,3 +38,30 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(workshop: Workshop,
     assert state is not None and state.position.step > 0
     assert len(list(state.folder.glob("random_states_*.pt"))) == 2
     assert load_file(tmp_path / f"lora-step{state.position.step:08d}.safetensors")
+
+
+def test_two_processes_finish_what_a_killed_run_left_out_and_agree_that_nothing_is_left(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
+    drawing = ("--sample_prompts", str(tmp_path / "p.txt"), "--sample_every_n_steps", "2")
+    words = workshop.arguments(
+        tmp_path / "out", "--network_train_unet_only", "--save_state", *drawing, max_train_steps=2
+    )
+    command = [*LAUNCH, str(ROOT / "sd3_train_network.py"), *words, "--save_every_n_steps", "2", "--resume", "auto"]
+
+    def run() -> str:
+        process = start_python(command, {"ACCELERATE_USE_CPU": "true"})
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error[-3000:]
+        return out + error
+
+    run()
+    first = load_file(tmp_path / "out" / "lora.safetensors")
+    (tmp_path / "out" / "lora.safetensors").unlink()
+    run()
+    again = load_file(tmp_path / "out" / "lora.safetensors")
+    assert all((first[key] == again[key]).all() for key in first)
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1  # drawn before the kill, and not again
+    assert "Already finished at step 2" in run()
+    assert not list((tmp_path / "out").glob(".*"))

@@ -17,6 +17,7 @@ from library.options.values import (
 from library.preflight.inspector import Files, ModelInspector
 from library.preflight.plan import RunPlan
 from library.preflight.run_length import initial_progress
+from library.preflight.settings import path_or_none
 from library.preflight.settings.monitoring import preview_schedule
 from library.preflight.settings.plan import length_settings, state_options
 from library.saving.checkpoints import SavingSettings
@@ -43,6 +44,7 @@ def lora_file_settings(args: argparse.Namespace) -> LoraFileSettings:
     return LoraFileSettings(
         dtype=SAVE_DTYPES.get(args.save_precision or ""),
         format=args.save_format,
+        cache_dir=path_or_none(args.cache_dir),
         ema_beside=args.ema_save == "beside",
     )
 
