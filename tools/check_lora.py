@@ -22,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 
 from torch import Tensor
 
+from library.common.errors import UserError
+from library.common.safetensors_header import read_header
 from library.sd3.checkpoint import locate_parts
 from networks.diffusers_layout import fit
 from networks.diffusers_names import diffusers_paths
 from networks.lora_file import LoraFile, read_lora
 from networks.merging import check_change, kind_of
-from networks.weight_files import listed
+from networks.weight_files import PICKLED, listed
 from tools.checkpoint_weights import TITLES, Weight, lora_weights
 from tools.lora_files import check_free, run_tool, table, tool_parser
 from tools.norm_plot import Bar, draw_norms
@@ -39,6 +41,15 @@ KINDS = {
     "diff": "difference",
     "oft_blocks": "OFT",
 }
+# how tensors' names begin in checkpoints and their parts
+PARTS_OF_MODELS = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "joint_blocks.",
+    "text_encoders.",
+    "text_model.",
+    "shared.",
+)
 HALVES = {"x": "MMDiT, image", "context": "MMDiT, text"}
 MMDIT_LAYER = re.compile(r"lora_unet_joint_blocks_(\d+)_(x|context)_block_(attn2?|mlp|adaLN)_")
 TEXT_LAYER = re.compile(r"(lora_te[123]_).*?(?:layers|block)_(\d+)_(?:.*?)(attn|SelfAttention|mlp|DenseReluDense)_")
@@ -78,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         if chosen.plot is not None:
             check_free(chosen.plot, chosen.force)
+        refuse_checkpoint(chosen.model)
         lora = read_lora(chosen.model, damaged=True)
         weights = lora_weights(locate_parts(chosen.base_model)) if chosen.base_model else None
         layers = [check_layer(name, tensors, weights) for name, tensors in lora.layers.items()]
@@ -93,6 +105,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if problems else 0
 
     return run_tool(work)
+
+
+def refuse_checkpoint(path: Path) -> None:
+    """UserError where the file is a model rather than a LoRA."""
+    if path.suffix in PICKLED:
+        return
+    keys = read_header(path).tensors.keys()
+    if not any(key.startswith(PARTS_OF_MODELS) for key in keys) or any("lora" in key for key in keys):
+        return
+    raise UserError(f"{path} is a checkpoint, not a LoRA. Give the LoRA file, and this one with --base_model.")
 
 
 def check_layer(name: str, tensors: Mapping[str, Tensor], weights: Mapping[str, Weight] | None) -> LayerReport:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from library.data import index_cache
@@ -13,6 +13,8 @@ from library.data.index_cache import IndexCache, Stamp, forget_stale
 from library.data.scan import Scan, ScannedImage, ScanOptions, as_text, first_names, in_threads, read_sizes
 from library.data.settings import Size, SubsetSettings
 from library.data.text_links import caption_link_problem
+
+USUAL_EXTENSIONS = (".txt", ".caption")  # of caption files
 
 
 def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
@@ -42,7 +44,7 @@ def scan_folder(subset: SubsetSettings, options: ScanOptions) -> Scan:
         text = texts[caption][1] if caption is not None else subset.class_tokens or ""
         scan.images.append(ScannedImage(base + name, size, stamp, text))
     _warn(scan, subset, listing, duplicate_stems)
-    _warn_of_captions(scan, subset, pairs, texts)
+    _warn_of_captions(scan, subset, pairs, texts, listing.folder)
     if subset.conditioning_data_dir is not None:
         _add_masks(scan, subset, options)
     return scan
@@ -128,18 +130,32 @@ def _warn(scan: Scan, subset: SubsetSettings, listing: Listing, duplicate_stems:
 
 
 def _warn_of_captions(
-    scan: Scan, subset: SubsetSettings, pairs: Mapping[str, str | None], texts: Mapping[str, tuple[Stamp, str]]
+    scan: Scan,
+    subset: SubsetSettings,
+    pairs: Mapping[str, str | None],
+    texts: Mapping[str, tuple[Stamp, str]],
+    folder: str,
 ) -> None:
     """Which images have no caption file, and which an empty one."""
     without = [name for name, caption in pairs.items() if caption is None]
     if without:
         instead = f'the class tokens "{subset.class_tokens}"' if subset.class_tokens else "an empty caption"
         scan.warnings.append(
-            f"{subset.name}: {len(without)} images have no {subset.caption_extension} file and get {instead}: {first_names(without)}."
+            f"{subset.name}: {len(without)} images have no {subset.caption_extension} file and get {instead}: {first_names(without)}.{_other_extension(without, subset, folder)}"
         )
     empty = [name for name, (_, text) in texts.items() if not text]
     if empty:
         scan.warnings.append(f"{subset.name}: empty caption files give empty captions: {first_names(sorted(empty))}.")
+
+
+def _other_extension(names: Sequence[str], subset: SubsetSettings, folder: str) -> str:
+    """The advice to take another --caption_extension, where files beside these images have one of the usual ones."""
+    present = {path.name for path in Path(folder).iterdir()}
+    for extension in USUAL_EXTENSIONS:
+        count = sum(name[: name.rindex(".")] + extension in present for name in names)
+        if count and extension != subset.caption_extension:
+            return f" {count} of them have a {extension} file: is --caption_extension {extension} what you want?"
+    return ""
 
 
 def _add_masks(scan: Scan, subset: SubsetSettings, options: ScanOptions) -> None:

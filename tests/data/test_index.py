@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -464,3 +465,11 @@ def test_the_index_does_not_import_torch_or_decode_pixels(tmp_path: Path) -> Non
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+
+
+def test_captions_with_another_extension_are_pointed_out(tmp_path: Path) -> None:
+    own = subset(folder(tmp_path / "own", 2))
+    default = dataset(replace(own, caption_extension=".caption"))
+    (warning,) = [text for text in build_index([default]).warnings if "have no" in text]
+    assert warning.endswith("2 of them have a .txt file: is --caption_extension .txt what you want?")
+    assert not [text for text in build_index([dataset(own)]).warnings if "have no" in text]

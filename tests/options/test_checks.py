@@ -120,7 +120,7 @@ def test_the_tables_are_whole() -> None:
         len(EXCLUDES),
         len(EVERY),
     )
-    assert numbers == (39, 3, 10, 22, 5, 9, 7)
+    assert numbers == (39, 3, 10, 23, 5, 9, 7)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -244,3 +244,11 @@ def test_an_interval_of_zero_is_never(dest: str) -> None:
     normalized, notes = normalize_options(args)
     assert notes == [f"--{dest} 0 turns it off: intervals count from 1."] and vars(args) == before
     assert getattr(normalized, dest) is None and not any(dest in problem for problem in check_options(normalized)[0])
+
+
+def test_preview_prompts_without_an_interval_are_a_warning():
+    words = ["--sample_prompts", "prompts.txt"]
+    text = "--sample_prompts changes nothing without --sample_every_n_epochs or --sample_every_n_steps"
+    assert any(text in warning for warning in resolve_options(words).warnings)
+    assert not any(text in warning for warning in resolve_options([*words, "--sample_at_first"]).warnings)
+    assert any("--v_parameterization changes nothing" in w for w in resolve_options(["--v_parameterization"]).warnings)

@@ -37,6 +37,7 @@ NO_EFFECT = {
     "clip_skip",
     "noise_offset",
     "noise_offset_random_strength",
+    "v_parameterization",
     "multires_noise_iterations",
     "multires_noise_discount",
     "ip_noise_gamma",
@@ -51,7 +52,6 @@ NO_EFFECT = {
 REFUSED = {
     "weighted_captions",
     "fused_backward_pass",
-    "v_parameterization",
     "dataset_class",
     "offload_optimizer_device",
     "offload_optimizer_nvme_path",

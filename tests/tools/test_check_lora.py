@@ -105,3 +105,8 @@ def test_what_can_t_be_read_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([str(good), "--plot", str(tmp_path / "precious.png")]) == 2
     assert (tmp_path / "precious.png").read_bytes() == b"precious"
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_no_lora(base: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(base)]) == 2
+    assert "is a checkpoint, not a LoRA" in capsys.readouterr().err

@@ -26,6 +26,15 @@ WITHOUT_EFFECT = Group(
             reason=OLDER_MODEL,
         ),
         Option(
+            "--v_parameterization",
+            "Train v-prediction.",
+            "Stable Diffusion 2用です。SD3は常にフローの速度を予測します。",
+            bool,
+            False,
+            kind=Kind.NO_EFFECT,
+            reason="it belongs to Stable Diffusion 2; Stable Diffusion 3 always predicts the flow's velocity",
+        ),
+        Option(
             "--clip_skip",
             "Which of CLIP's last layers is used.",
             "SD3は常にCLIPの最後から2番目の層を使います。",
@@ -218,15 +227,6 @@ REFUSED = Group(
     "Refused",
     "拒否",
     (
-        Option(
-            "--v_parameterization",
-            "Train v-prediction.",
-            "SD3はフローの速度を予測します。別の目標で学習したLoRAは合いません。外してください。",
-            bool,
-            False,
-            kind=Kind.REFUSED,
-            reason="Stable Diffusion 3 predicts the flow's velocity, and a LoRA trained for another target would not fit it; leave the option out",
-        ),
         Option(
             "--weighted_captions",
             "Weigh words by brackets, as in (word:1.2).",

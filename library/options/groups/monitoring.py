@@ -15,6 +15,7 @@ PREVIEWS = Group(
             "A file of prompts (.txt, .toml or .json) to draw previews of.",
             "プレビュー用プロンプトのファイル(.txt、.toml、.json)。",
             path,
+            useless_without=("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first"),
             resume_safe=True,
         ),
         Option(
