@@ -231,11 +231,11 @@ def _replaced_name(old: Path) -> str:
 
 
 def changed_options(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Options whose value differs from the saved run's, as "name: old -> new"."""
+    """Options whose value differs from the saved run's, as "name: old -> new"; those that the saved run lacks come last."""
     plain = json.loads(json.dumps(dict(now), default=str))
     return [
         f"{key}: {saved.get(key)!r} -> {plain.get(key)!r}"
-        for key in sorted(saved.keys() | plain.keys())
+        for key in sorted(saved.keys() | plain.keys(), key=lambda key: (key not in saved, key))
         if saved.get(key) != plain.get(key)
     ]
 
