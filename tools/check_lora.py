@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a LoRA file: names, shapes, alphas, NaN, and how large each layer's change is.
+"""Check a LoRA file: names, shapes, alphas, NaN, how large each layer's change is, and which clients read all of it.
 
     python tools/check_lora.py my_lora.safetensors --plot norms.png
     python tools/check_lora.py my_lora.safetensors --base_model sd3.5_medium.safetensors
@@ -31,6 +31,7 @@ from networks.lora_file import LoraFile, read_lora
 from networks.merging import check_change, kind_of
 from networks.weight_files import PICKLED, listed
 from tools.checkpoint_weights import TITLES, Weight, lora_weights
+from tools.lora_clients import clients, report
 from tools.lora_files import check_free, run_tool, table, tool_parser
 from tools.norm_plot import Bar, draw_norms
 
@@ -97,10 +98,12 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.plot is not None:
             draw_norms(chosen.plot, chosen.model.name, bars(layers))
         if chosen.json:
-            print(json.dumps({"layers": [asdict(layer) for layer in layers], "problems": problems}, indent=2))
+            result = {"layers": [asdict(layer) for layer in layers], "clients": clients(lora), "problems": problems}
+            print(json.dumps(result, indent=2))
         else:
             print(f"{chosen.model}: {facts(lora, layers)}\n")
             print(by_layer(layers) if chosen.layers else by_block(layers))
+            print(f"\n{report(lora)}")
             print("\n" + ("\n".join(["Problems:", *problems]) if problems else "No problems found."))
         return 1 if problems else 0
 

@@ -110,3 +110,36 @@ def test_what_can_t_be_read_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_checkpoint_is_no_lora(base: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(base)]) == 2
     assert "is a checkpoint, not a LoRA" in capsys.readouterr().err
+
+
+def whole(file: Path, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The clients that read everything."""
+    main([str(file), "--json"])
+    return {client for client, reason in json.loads(capsys.readouterr().out)["clients"].items() if not reason}
+
+
+def test_the_clients_that_read_all_of_a_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    comfy = "ComfyUI 0.3.64 or later"
+    plain = everything()
+    t5 = lora_for_checkpoint(encoders=(None, None, tiny_t5()), train_t5xxl="True")
+    cases = {
+        "plain": (plain, {comfy, "Forge", "sd-scripts"}),
+        "dora": (lora_for_checkpoint(use_dora="True"), {comfy, "Forge"}),
+        "diffusers": (to_diffusers(plain), {comfy, "diffusers", "SD.Next in diffusers mode"}),
+        "t5": (to_diffusers(t5), {comfy}),
+        "oft": ({f"{QKV}.oft_blocks": torch.randn(2, 3, 3), f"{QKV}.alpha": torch.tensor(0.0)}, set()),
+        "loha": (
+            {
+                f"{QKV}.hada_w{n}_{side}": torch.randn(*((384, 4) if side == "a" else (4, 128)))
+                for n in (1, 2)
+                for side in "ab"
+            },
+            {comfy, "Forge"},
+        ),
+    }
+    for name, (tensors, expected) in cases.items():
+        assert whole(write_lora(tmp_path / f"{name}.safetensors", tensors), capsys) == expected, name
+    main([str(tmp_path / "plain.safetensors")])
+    out = capsys.readouterr().out
+    assert f"Read whole by: {comfy}, Forge, sd-scripts." in out
+    assert "diffusers: loads nothing, without an error" in out
