@@ -166,11 +166,11 @@ def test_a_state_that_does_not_fit_is_told_before_models_are_loaded(workshop: Wo
     folder = tmp_path / "lora-state"
     folder.mkdir()
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
-    facts = {"position": {"epoch": 1, "batch": 0, "step": 6}, "options": {"network_dim": 4, "seed": 7}}
+    facts = {"position": {"epoch": 1, "batch": 0, "step": 7}, "options": {"network_dim": 4, "seed": 7}}
     (folder / "train_state.json").write_text(json.dumps(facts), encoding="utf-8")
     told = complaint(workshop.arguments(tmp_path / "out", resume=folder, network_dim=8), capsys)
     assert "options that shape the run have changed" in told and "network_dim: 4 -> 8" in told
-    assert "the state is at step 6, and the run is to end at 6" in told
+    assert "the state is at step 7, and the run is to end at 6" in told
     assert "optimizer.pt is missing" in told
 
 
