@@ -92,6 +92,12 @@ def check_optimizer(name: str, optimizer_args: Sequence[str] | None, rates: Sequ
     try:
         source = find_optimizer(name)
         problems += _check_rates(source, rates)
+        if source.adapts_rate and rates and max(rates) <= 0.1:
+            logger.warning(
+                "%s finds the step size by itself and multiplies it by the learning rate %g: 1.0 is usual.",
+                source.name,
+                max(rates),
+            )
         if arguments is not None and (arguments or not source.catalogued):
             problems += _try_one_step(source, optimizer_args)
     except UserError as error:
@@ -115,12 +121,6 @@ def build_optimizer(
     problems = _check_rates(source, [group.get("lr", learning_rate) for group in groups])
     if problems:
         raise UserError(problems)
-    if source.adapts_rate and learning_rate <= 0.1:
-        logger.warning(
-            "%s finds the step size by itself and multiplies it by the learning rate %g: 1.0 is usual.",
-            source.name,
-            learning_rate,
-        )
     return _build(source, groups, learning_rate, arguments)
 
 

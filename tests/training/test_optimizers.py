@@ -286,7 +286,7 @@ def test_one_rate_for_all_groups_where_d_is_shared(name):
 
 
 def test_a_small_rate_for_an_adaptive_optimizer_is_warned_about(caplog):
-    build_optimizer("Prodigy", [{"params": make_parameters()}], 1e-4)
+    assert check_optimizer("Prodigy", [], rates=[1e-4]) == []  # as a dry run does
     assert "1.0 is usual" in caplog.text
 
 
