@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from library.common.errors import UserError
+from library.common.errors import RunInterrupted, UserError
 from library.common.logging_setup import process_rank, start_logging
 from library.options.config_file import write_config
 from library.options.parser import build_parser
@@ -43,6 +44,7 @@ if isinstance(COMMAND_LINE, int):
 import torch
 from torch import Tensor, nn
 
+from library.distributed.consensus import has_lost_peer
 from library.memory.quantization import quantize
 from library.network_trainer import NetworkTrainer
 from library.preflight.sd3_inspector import Sd3Inspector, mmdit_config
@@ -93,7 +95,7 @@ class Sd3NetworkTrainer(NetworkTrainer[ModelFiles, Conditioning]):
             t5_dtype=t5_dtype,
             t5_quantization=t5_storage,
             quantize=partial(quantize, within=lambda path: True),
-            mmap=not args.disable_mmap_load_safetensors,
+            mmap=not args.disable_mmap_load_safetensors,  # not for encoders that stay on the CPU
             change={
                 name: WeightChange(*merge)
                 for name, merge in self.base_weights.encoder_merges(ENCODERS, present).items()
@@ -112,13 +114,17 @@ class Sd3NetworkTrainer(NetworkTrainer[ModelFiles, Conditioning]):
         settings = CodecSettings(
             torch.float32 if args.no_half_vae else self.precision.dtype,
             args.vae_batch_size,
-            mmap=not args.disable_mmap_load_safetensors,
+            mmap=self._maps_files(),
             keep_on_device=args.highvram or not args.cache_latents,
         )
         return LatentCodec(files.vae, settings, self.device)
 
     def load_denoiser(self, files: ModelFiles, device: torch.device) -> MMDiT:
-        return load_mmdit(files.mmdit, device, self.precision.dtype, not self.args.disable_mmap_load_safetensors)
+        return load_mmdit(files.mmdit, device, self.precision.dtype, self._maps_files())
+
+    def _maps_files(self) -> bool:
+        """Weights that train on the CPU are read instead of mapped: a mapped file that is cut short kills the process."""
+        return self.device.type != "cpu" and not self.args.disable_mmap_load_safetensors
 
     def make_conditioner(self) -> Sd3Conditioner:
         args, model = self.args, self.denoiser
@@ -149,11 +155,12 @@ class Sd3NetworkTrainer(NetworkTrainer[ModelFiles, Conditioning]):
         files = self.plan.files
         vae = files.vae.path if self.args.vae and files.vae is not None else None
         config = mmdit_config(files)
-        return FamilyFacts(config.kind, config.title, files.mmdit.path, vae)
+        parts = [part for part in (files.mmdit, *files.encoders().values(), files.vae) if part is not None]
+        return FamilyFacts(config.kind, config.title, files.mmdit.path, vae, parts=parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done. 2: something for the user to correct, which has been printed. 130: Ctrl-C. Anything else is a bug, with its traceback.
+    """0: done. 1: interrupted in training and saved. 2: something for the user to correct, which has been printed. 130: Ctrl-C. Anything else is a bug, with its traceback.
 
     A run that a signal stops in training saves everything and raises SystemExit with 128 and the signal's number.
     """
@@ -169,7 +176,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         Sd3NetworkTrainer(options.args, options.problems).train()
     except UserError as error:
         print(error.as_text(), file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RunInterrupted) else 2
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not has_lost_peer(error):
+            raise
+        print(
+            f"Process {process_rank()}: another process of this run has ended; its own message says why. "
+            "Resume with the same command and --resume auto if a state was saved.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:  # in training it is caught, and everything is saved
         print("Stopped before training: nothing was lost, and caches that are written stay.", file=sys.stderr)
         return 130

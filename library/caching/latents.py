@@ -94,6 +94,11 @@ class LatentCache:
         self.memory: dict[Key, dict[str, Tensor]] = {}
         self.damaged: set[Key] = set()  # without latents: they cannot be decoded, and that is to be passed over
         self.uncacheable = uncacheable_augmentations(datasets)
+        self.encode_again: EncodeImages | None = None  # makes files again that get lost in training
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a data worker gets: everything but the VAE."""
+        return {**self.__dict__, "encode_again": None}
 
     @property
     def on_disk(self) -> bool:
@@ -117,6 +122,19 @@ class LatentCache:
             _check_shapes(path, tensors, self.entries[key].record.bucket)
         mask = tensors.get("mask")
         return tensors[name], mask.flip(-1) if mask is not None and flipped else mask
+
+    def remake(self, dataset: int, number: int) -> None:
+        """Make one image's file again. With skip_bad_images an image of which that is impossible counts as damaged."""
+        if self.encode_again is None:
+            return
+        key = self.same.get((dataset, number), (dataset, number))
+        try:
+            self.fill([self.entries[key]], self.encode_again, 1, lambda batches, title: batches)
+        except UserError as error:
+            if not self.settings.skip_bad_images:
+                raise
+            logger.warning("%s It is left out.", error)
+            self.damaged.add(key)
 
     def missing(self) -> list[Entry]:
         """The images whose latents are not there, or are stale."""

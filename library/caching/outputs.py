@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -66,6 +67,8 @@ def cache_texts(
     training = TextCache(index.training, settings, prompts)
     validation = TextCache(index.validation, replace(settings, variants=None))
     fill_texts([training, validation], encode, processes)
+    for cache in (training, validation):
+        cache.encode_again = partial(encoders.precompute, names=roles.precomputed, batch_size=batch_size)
     return Texts(roles, training, validation, {text: training.of_text(text) for text in prompts})
 
 
@@ -81,6 +84,13 @@ def cache_latents(
     _remove_leftovers(index, settings)
     training = fill_latents(LatentCache(index.training, settings), codec.encode, batch_size, wrap, processes)
     validation = fill_latents(LatentCache(index.validation, settings), codec.encode, batch_size, wrap, processes)
+
+    def encode_again(images: Tensor, noise: Tensor) -> Tensor:
+        latents = codec.encode(images, noise)
+        codec.release(keep_on_cpu=True)
+        return latents
+
+    training.encode_again = validation.encode_again = encode_again
     return Latents(training, validation)
 
 

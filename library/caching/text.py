@@ -29,6 +29,7 @@ from library.common.errors import UserError
 from library.data.captions import CaptionPipeline, is_random, lost_in_variants
 from library.data.dataset import IndexedDataset
 
+REMADE_AT_ONCE = 256  # files: each call loads the encoders, and other processes wait meanwhile
 EncodeCaptions = Callable[[Sequence[str]], list[dict[str, Tensor]]]
 """Captions -> one dict of tensors each, on the CPU."""
 WRITERS = 4  # threads
@@ -68,6 +69,11 @@ class TextCache:
         drops = any(s.caption_dropout_rate > 0 or s.caption_dropout_every_n_epochs > 0 for s in subsets)
         self.extra_prompts = list(dict.fromkeys([*([""] if drops else []), *extra_prompts]))
         self.memory: dict[str, dict[str, Tensor]] = {}
+        self.encode_again: EncodeCaptions | None = None  # makes files again that get lost in training
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a data worker gets: everything but the encoders."""
+        return {**self.__dict__, "encode_again": None}
 
     @property
     def on_disk(self) -> bool:
@@ -89,6 +95,14 @@ class TextCache:
         mark = str(index) if index else ""
         tensors = read_cache(self._path(path), lambda name: name.partition(SEPARATOR)[2] == mark)
         return text, {name.partition(SEPARATOR)[0]: tensor for name, tensor in tensors.items()}
+
+    def remake(self, dataset: int, number: int) -> None:
+        """Make one image's file again, and others that are missing: the encoders are loaded once."""
+        if self.encode_again is None:
+            return
+        path = self.paths[dataset, number]
+        others = [image for image in self.missing() if image != path]
+        self.fill([path, *others[: REMADE_AT_ONCE - 1]], self.encode_again)
 
     def missing(self) -> list[str]:
         """The images whose outputs are not there, or are stale. Nothing is missing: no reason to load an encoder."""
@@ -137,6 +151,7 @@ class TextCache:
 
     def fill(self, missing: Sequence[str], encode: EncodeCaptions, chunk: int = 1024) -> None:
         """Encode each distinct text of the missing images once, `chunk` texts a call, and the extra prompts that are missing."""
+        encode = _finite(encode)
         extra = self.missing_extra_prompts()
         for text, outputs in zip(extra, encode(extra) if extra else []):
             self.memory[text] = outputs
@@ -202,6 +217,26 @@ class TextCache:
 
     def _is_fresh(self, image: str) -> bool:
         return read_cache_key(self._path(image)) == {"format": FORMAT, **self._cache_key(image)}
+
+
+def _finite(encode: EncodeCaptions) -> EncodeCaptions:
+    """`encode`, with a UserError for every caption of which an encoder's output is not finite."""
+
+    def checked(captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        rows = encode(captions)
+        problems = []
+        for caption, outputs in zip(captions, rows):
+            bad = [name for name, tensor in outputs.items() if not bool(tensor.isfinite().all())]
+            if bad:
+                problems.append(
+                    f'The caption "{caption}": the output of the text encoder ({", ".join(bad)}) is not finite. Shorten or change the '
+                    "caption, use --mixed_precision bf16, or --t5xxl_dtype fp32 for T5; if all captions are named, the file of the encoder is damaged."
+                )
+        if problems:
+            raise UserError(problems)
+        return rows
+
+    return checked
 
 
 def _digest(text: str) -> str:

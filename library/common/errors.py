@@ -49,6 +49,17 @@ def _escaped(match: re.Match[str]) -> str:
     return match.group().encode("unicode_escape").decode("ascii")
 
 
+class ReadError(UserError):
+    """What a run works with is missing, has changed or cannot be read.
+
+    Before training it is a UserError like any other. In training the run is saved and ends with `RunInterrupted`.
+    """
+
+
+class RunInterrupted(UserError):
+    """Training ended before its time because of something outside of the options, and was saved. `main()` exits with code 1."""
+
+
 class Problems:
     """Collects problems so that the user hears of all of them at once."""
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from library.common.errors import UserError
+from library.common.errors import ReadError, UserError
 from library.common.safetensors_header import Header, TensorInfo, read_header
 
 TORCH_DTYPES = {
@@ -24,6 +24,12 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 SAMPLE_BYTES = 256
 Read = Callable[[str, TensorInfo | None], Tensor]
+FileStamp = tuple[int, int]
+"""Size in bytes and time of the last change in ns."""
+CHANGED = (
+    "{}: this model file has changed since the run began. Do not write to a model's file while it is in use; if nobody does, its drive "
+    "is unreliable: copy the file to a local one, or try --disable_mmap_load_safetensors."
+)
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,25 @@ class Part:
     scales: dict[str, str] = field(default_factory=dict)  # key of a scaled float8 weight -> its scale's full name
     elsewhere: dict[str, str] = field(default_factory=dict)  # key -> full name, where that is not prefix + key
     pickled: bool = False  # a PyTorch .pt/.ckpt/.bin file instead of safetensors
+    stamp: FileStamp | None = None  # of the file when its header was read
+
+    def has_changed(self) -> bool:
+        """Whether the file has another size or time than when its header was read; a file that cannot be looked at counts as the same."""
+        now = file_stamp(self.path)
+        return self.stamp is not None and now is not None and now != self.stamp
 
     def stored_name(self, key: str) -> str:
         """The name in the file of the tensor `key`."""
         return self.elsewhere.get(key, self.prefix + key)
+
+
+def file_stamp(path: Path) -> FileStamp | None:
+    """The file's stamp; None where there is no such file or the drive does not answer."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def load_tensors(
@@ -50,7 +71,8 @@ def load_tensors(
 
     dtype None keeps the stored dtype, float8 included, except for weights that carry a scale of their own (scaled
     float8 files): these mean weight * scale and come in bfloat16. With mmap and nothing to convert the tensors stay
-    views of the file (private: writing to them leaves the file as it is); without mmap the file is read plainly.
+    views of the file (private: writing to them leaves the file as it is): a file that is cut short later kills the process. Map it only
+    where the tensors are moved to another device, or copied, before anything else. Without mmap the file is read plainly.
     UserError where the file cannot be read.
     """
     loaded = {}
@@ -108,9 +130,11 @@ def _scaled(weight: Tensor, scale: Tensor, part: Part, key: str) -> Tensor:
 @contextmanager
 def _reader(part: Part, mmap: bool) -> Iterator[Read]:
     """Yield read(full name, info or None) -> CPU tensor as stored; turns what goes wrong with the file into UserError."""
+    if part.has_changed():
+        raise ReadError(CHANGED.format(part.path))
     try:
         if part.pickled:
-            tensors = unpickle(part.path)
+            tensors = unpickle(part.path, mmap)
             yield lambda name, info: tensors[name]
         elif mmap:
             with safe_open(str(part.path), framework="pt", device="cpu") as file:
@@ -119,9 +143,11 @@ def _reader(part: Part, mmap: bool) -> Iterator[Read]:
             header = read_header(part.path)
             with part.path.open("rb", buffering=0) as plain:
                 yield lambda name, info: _read_plain(plain, header.data_start, info or header.tensors[name])
+    except UserError as error:
+        raise error if isinstance(error, ReadError) else ReadError(error.problems) from error
     except (OSError, SafetensorError) as error:
         hint = " If the drive cannot be memory-mapped, --disable_mmap_load_safetensors may help." if mmap else ""
-        raise UserError(f"{part.path} cannot be read: {error}.{hint}") from error
+        raise ReadError(f"{part.path} cannot be read: {error}.{hint}") from error
 
 
 def _read_plain(file: FileIO, data_start: int, info: TensorInfo) -> Tensor:
@@ -147,12 +173,12 @@ def read_pickled_header(path: Path) -> Header:
     return Header(tensors, {}, 0)
 
 
-def unpickle(path: Path) -> dict[str, Tensor]:
+def unpickle(path: Path, mmap: bool = True) -> dict[str, Tensor]:
     """The tensors of a PyTorch .pt/.ckpt/.bin file, loaded with weights_only=True: a file cannot run code."""
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged or dangerous file

@@ -9,8 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.common.errors import UserError
+from library.common.errors import ReadError, UserError
 from library.data.settings import Size
+
+
+class CacheReadError(ReadError):
+    """A cache entry that is missing or damaged: of the cache `kind` ("latents" or "text"), of which record of which dataset."""
+
+    def __init__(self, problems: str | Sequence[str], kind: str = "", dataset: int = 0, number: int = 0):
+        super().__init__(problems)
+        self.kind, self.dataset, self.number = kind, dataset, number
 
 
 class LatentSource(Protocol):
@@ -23,6 +31,9 @@ class LatentSource(Protocol):
 
     def get(self, dataset: int, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]: ...
 
+    def remake(self, dataset: int, number: int) -> None:
+        """Make an entry again that `get` could not read, in the main process. UserError where that fails."""
+
 
 class TextSource(Protocol):
     """Text encoder outputs made before training, by the number of the dataset and of the record in it."""
@@ -31,6 +42,9 @@ class TextSource(Protocol):
     def on_disk(self) -> bool: ...
 
     def get(self, dataset: int, number: int, variant: int, dropped: bool) -> tuple[str, dict[str, Tensor]]: ...
+
+    def remake(self, dataset: int, number: int) -> None:
+        """Make an entry again that `get` could not read, in the main process. UserError where that fails."""
 
 
 @dataclass
@@ -54,6 +68,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def without_weight(self) -> Batch:
+        """The same batch with no share in the loss: it stands in for one that cannot be read."""
+        return replace(self, loss_weights=torch.zeros_like(self.loss_weights))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to each of its tensors."""

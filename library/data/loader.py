@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.common.errors import UserError
-from library.data.batch import Batch, LatentSource, TextSource, stack_masks, stack_texts
+from library.data.batch import Batch, CacheReadError, LatentSource, TextSource, stack_masks, stack_texts
 from library.data.batches import BatchPlan, BatchSpec
 from library.data.captions import CaptionPipeline
 from library.data.dataset import ImageRecord, IndexedDataset
 from library.data.images import LATENT_CHANNELS, VAE_SCALE_FACTOR, read_pixels, shrink_mask, to_tensor
+from library.data.recovery import Recovery, keep_child_handler
 from library.data.settings import Size, SubsetSettings
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,15 @@ BatchKey = tuple[int, int, BatchSpec]
 """Epoch, number of the batch among this process's, and what it is made of."""
 
 
-class BatchReader(Dataset["Batch | UserError"]):
+@dataclass(frozen=True)
+class ReadFailure:
+    """What a worker sends in place of a batch that it could not read: torch would wrap a raised error in the worker's traceback."""
+
+    key: BatchKey
+    error: UserError
+
+
+class BatchReader(Dataset["Batch | ReadFailure"]):
     """Makes a batch from its key. Picklable, so that workers can be spawned (Windows, macOS)."""
 
     def __init__(
@@ -57,15 +66,17 @@ class BatchReader(Dataset["Batch | UserError"]):
             for dataset in datasets
         ]
 
-    def __getitem__(self, key: BatchKey) -> Batch | UserError:
-        """What a worker sends: a UserError is returned, since torch would wrap a raised one in the worker's traceback."""
+    def __getitem__(self, key: BatchKey) -> Batch | ReadFailure:
+        """What a worker sends."""
         try:
             return self.read(key)
         except UserError as error:
-            return error
+            return ReadFailure(key, error)
+        except OSError as error:
+            return ReadFailure(key, UserError(f"The data cannot be read: {error}."))
 
     def read(self, key: BatchKey) -> Batch:
-        """The batch of a key. UserError names an image that cannot be decoded."""
+        """The batch of a key. UserError names an image that cannot be decoded; CacheReadError, a cache file."""
         epoch, number, spec = key
         step = epoch * self.settings.steps_per_epoch + number // self.settings.accumulation
         items = [self._item(spec.dataset, record, repeat, epoch, step) for record, repeat in spec.items]
@@ -99,13 +110,20 @@ class BatchReader(Dataset["Batch | UserError"]):
         pipeline = self.pipelines[dataset][record.subset]
         if self.texts is not None:
             dropped = pipeline.is_dropped(rng, epoch + 1)
-            caption, text = self.texts.get(dataset, number, rng.randrange(1 << 30), dropped)
+            variant = rng.randrange(1 << 30)
+            try:
+                caption, text = self.texts.get(dataset, number, variant, dropped)
+            except UserError as error:
+                raise CacheReadError(error.problems, "text", dataset, number) from error
         else:
             caption, text = pipeline.at(record.caption, rng, step, epoch + 1), None
         if self.latents is not None:
             if self.latents.is_damaged(dataset, number):
                 return _Item(None, _no_latents(record), None, caption, text, left_out=True)
-            latents, mask = self.latents.get(dataset, number, flipped)
+            try:
+                latents, mask = self.latents.get(dataset, number, flipped)
+            except UserError as error:
+                raise CacheReadError(error.problems, "latents", dataset, number) from error
             return _Item(None, latents, mask, caption, text)
         try:
             pixels = read_pixels(record, subset, rng)
@@ -168,8 +186,10 @@ class Loader:
         reads_texts = texts is not None and texts.on_disk
         workers = settings.workers if reads_latents or reads_texts else 0
         self.sampler = BatchKeySampler(plan, settings.rank)
-        self.loader: DataLoader[Batch | UserError] = DataLoader(
-            BatchReader(plan.datasets, settings, latents, texts),
+        reader = BatchReader(plan.datasets, settings, latents, texts)
+        self.recovery = Recovery(reader, goes_on_after_failure=plan.world_size > 1)
+        self.loader: DataLoader[Batch | ReadFailure] = DataLoader(
+            reader,
             batch_size=None,
             sampler=self.sampler,
             num_workers=workers,
@@ -178,17 +198,17 @@ class Loader:
             prefetch_factor=2 if workers else None,
         )
 
+    @property
+    def failure(self) -> UserError | None:
+        """Why batches that have no weight stand in for those of this process. None: nothing has failed."""
+        return self.recovery.failure
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on."""
+        """The batches of an epoch from number `start` on. ReadError where one cannot be read and nothing can stand in for it."""
         self.sampler.epoch, self.sampler.start = epoch, start
-        return _raising(iter(self.loader))
-
-
-def _raising(results: Iterable[Batch | UserError]) -> Iterator[Batch]:
-    for batch in results:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+        with keep_child_handler():
+            results = iter(self.loader)
+        return self.recovery.batches(results)
 
 
 def preserves(subset: SubsetSettings) -> bool:

@@ -6,6 +6,7 @@ other waits for its gradients, for ever.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -47,6 +48,17 @@ class Agreement:
         reduced, pending = previous
         pending.wait()
         return [value > 0 for value in reduced.tolist()]
+
+
+PEER_LOST = re.compile(
+    "closed by peer|reset by peer|Broken pipe|Timed out waiting|remote process exited|connection (?:was )?(?:closed|aborted|refused)|ncclRemoteError",
+    re.IGNORECASE,
+)
+
+
+def has_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has ended or no longer answers."""
+    return isinstance(error, dist.DistError) or PEER_LOST.search(str(error)) is not None
 
 
 def gather(accelerator: Accelerator, items: list[T]) -> list[T]:

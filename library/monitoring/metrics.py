@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,6 +21,7 @@ from library.flow.loss import RunningLoss, RunningLossState, TimestepLosses
 from library.monitoring.async_scalars import AsyncScalars
 from library.monitoring.contact_sheet import PreviewRecord
 from library.monitoring.metrics_file import Curves, MetricsFile
+from library.monitoring.nonfinite import NonfiniteWatch
 from library.monitoring.trackers import Trackers
 from library.training.callback_settings import MetricsSettings
 from library.training.schedulers import Schedule
@@ -64,30 +64,6 @@ class LossAverages:
         self.by_timestep.load_state_dict(cast("dict[str, Tensor]", state["by_timestep"]))
 
 
-class NonfiniteWatch:
-    """Counts steps that were skipped because of a gradient that is not finite; stops a run that does nothing else."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.in_a_row, self.skipped = 0, 0
-
-    def check(self, nonfinite: bool, step: PendingStep) -> None:
-        """Take in one step. UserError at the `limit`-th skipped step in a row."""
-        if not nonfinite:
-            self.in_a_row = 0
-            return
-        self.in_a_row += 1
-        self.skipped += 1
-        at = ", ".join(f"{Path(p).name} (timestep {t:g})" for p, t in zip(step.paths, step.timesteps.tolist()))
-        logger.warning("Step %d had a gradient that is not finite and was skipped: %s", step.progress.step, at)
-        if self.limit and self.in_a_row >= self.limit:
-            self.in_a_row = 0  # numbers still on their way must not raise again while the state is saved
-            raise UserError(
-                f"{self.limit} steps in a row had gradients that are not finite; training has stopped. The last saved files are good. "
-                "Try --mixed_precision bf16, a lower --learning_rate, or --max_grad_norm 1.0, and look at the images named above."
-            )
-
-
 class RunMetrics:
     """Callback: records the numbers of every step and epoch, and those that validation and previews bring.
 
@@ -126,6 +102,8 @@ class RunMetrics:
         if self.trackers is not None:
             self.trackers.close()
         self.file.close()
+        if error is None:
+            self.nonfinite.check_end()
 
     def start(self, progress: TrainProgress) -> list[PreviewRecord]:
         """Open everything before the first step. Returns the previews that a resumed run has made before."""
@@ -184,6 +162,7 @@ class RunMetrics:
             return
         self.scalars.flush()
         average = loss / count
+        self.nonfinite.observe_loss(average)
         logger.info("Validation at step %d: loss %.5f", progress.step, average)
         values = {
             f"loss/validation/{kind}_average": average,
@@ -222,7 +201,8 @@ class RunMetrics:
         self._record(step.progress, values, step.progress.step, own)
         if self.bar is not None:
             self.bar.note(avr_loss=f"{average:.4f}", lr=f"{next(iter(step.rates.values()), 0.0):.2e}")
-        self.nonfinite.check(bool(nonfinite), step)
+        self.nonfinite.observe_loss(loss)
+        self.nonfinite.check(bool(nonfinite), step.progress.step, step.paths, step.timesteps)
 
     def _record_epoch(self, progress: TrainProgress) -> None:
         self._record(progress, {"loss/epoch_average": self.averages.running.mean().item()}, x=progress.epoch)

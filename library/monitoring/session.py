@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import Tensor
 
+from library.common.errors import UserError
 from library.common.seeds import StepGenerators
 from library.data.batch import Batch
 from library.data.dataset import DatasetIndex
@@ -22,6 +23,7 @@ from library.data.prompts import PreviewPrompt
 from library.distributed.consensus import Agreement, gather
 from library.monitoring.async_scalars import AsyncScalars
 from library.monitoring.contact_sheet import PreviewRecord
+from library.monitoring.interruption import Interruption
 from library.monitoring.metrics import LossAverages, RunMetrics
 from library.monitoring.preview_callback import Previews
 from library.monitoring.previews import Previewer
@@ -75,6 +77,10 @@ class SessionData:
     prompts: Sequence[PreviewPrompt]
     prompt_texts: Mapping[str, Mapping[str, Tensor]]  # by text: the outputs of encoders that do not run in training
 
+    def failure(self) -> UserError | None:
+        """Why this process cannot read its batches any more; None: it can."""
+        return self.loader.failure or (self.validation_loader.failure if self.validation_loader else None)
+
 
 @dataclass(frozen=True)
 class TrainingSession(Generic[C]):
@@ -104,7 +110,9 @@ class TrainingSession(Generic[C]):
         records: list[PreviewRecord] = []
         checkpoints = self._checkpoints(saver, components)
         metrics = self._metrics(scalars, averages, checkpoints)
-        stop = StopControl(signals, Agreement(self.accelerator.num_processes), checkpoints.minutes_are_up)
+        stop = StopControl(
+            signals, Agreement(self.accelerator.num_processes), checkpoints.minutes_are_up, self.data.failure
+        )
         report = self._report(metrics, records, lambda: signals.received is not None)
         validation, previews = self._validation(metrics, stop), self._previews(metrics, stop, saver, records)
         in_order: list[Callback | None] = [
@@ -127,11 +135,17 @@ class TrainingSession(Generic[C]):
             if previews is not None:
                 previews.start(progress)
             callbacks = [callback for callback in in_order if callback is not None]
-            loop = TrainingLoop(self.step, settings.accumulation, max_steps, callbacks, stop.should_stop)
-            progress = loop.run(progress, self.data.loader.batches, self.data.samples_of)
+            interruption = Interruption(self.data.failure, checkpoints, progress)
+            loop = TrainingLoop(
+                self.step, settings.accumulation, max_steps, [interruption, *callbacks], stop.should_stop
+            )
+            with interruption:
+                progress = loop.run(progress, self.data.loader.batches, self.data.samples_of)
             if stop.should_stop() and progress.step < max_steps:
                 checkpoints.save_stopped(progress)
                 checkpoints.flush()
+                self.accelerator.wait_for_everyone()  # a launcher that sees one process fail ends the others
+                interruption.raise_if_failed(progress)
                 stop.exit(progress.step)
             return self._finish(progress, checkpoints, validation, previews)
 
@@ -175,7 +189,7 @@ class TrainingSession(Generic[C]):
         files = LoraFileWriter(self._weights, settings.lora_files, metadata, saver, self.hub)
         hub = self.hub if settings.uploads_states else None
         states = StateWriter(self.network, components, lambda: settings.start.options, saver, self.accelerator, hub)
-        return Checkpoints(settings.saving, files, states)
+        return Checkpoints(settings.saving, files, states, self.facts.family.parts)
 
     def _metrics(self, scalars: AsyncScalars, averages: LossAverages, checkpoints: Checkpoints) -> RunMetrics:
         trained = self.optimization

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from library.common.tensor_io import CHANGED, Part
 from library.saving.lora_files import LoraFileWriter
 from library.saving.names import OutputNames, SaveSchedule
 from library.saving.saver import translate_write_errors
@@ -47,8 +48,12 @@ class SavingSettings:
 class Checkpoints:
     """Saves LoRA files and states under their names. All ranks call it; rank 0 writes the files."""
 
-    def __init__(self, settings: SavingSettings, files: LoraFileWriter, states: StateWriter):
+    def __init__(
+        self, settings: SavingSettings, files: LoraFileWriter, states: StateWriter, models: Sequence[Part] = ()
+    ):
+        """models: a warning says which of their files have changed since the run began."""
         self.settings, self.files, self.states = settings, files, states
+        self._unchanged = list(models)
         self.names = settings.names
         self.last_saved_at, self.last_saved_step = time.monotonic(), 0
 
@@ -110,7 +115,16 @@ class Checkpoints:
         obsolete: Callable[[], list[Path]] = list,
     ) -> None:
         self.last_saved_at, self.last_saved_step = time.monotonic(), progress.step
+        self._check_models()
+        self.files.check_finite(path, progress)
         self.files.save(path, progress, final, obsolete)
+
+    def _check_models(self) -> None:
+        """Warn once of each model file that was changed while the run uses it."""
+        changed = [part for part in self._unchanged if part.has_changed()]
+        self._unchanged = [part for part in self._unchanged if part not in changed]
+        for path in dict.fromkeys(part.path for part in changed):
+            logger.warning("%s", CHANGED.format(path))
 
     def _save_encoders(self, path: Path, save_encoders: SaveEncoders) -> None:
         """Have the text encoders written with the trained LoRA in them."""

@@ -95,6 +95,20 @@ class LoraFileWriter:
                 "diffusers skips a LoRA of T5: ComfyUI alone reads its part of the file (text_encoders.t5xxl.transformer.…)."
             )
 
+    def check_finite(self, path: Path, progress: TrainProgress) -> None:
+        """UserError where weights that would be saved are not finite. All ranks call it, so that all stop together."""
+        ema, dtype = self.weights.ema, self.settings.dtype
+        with torch.no_grad():
+            tensors = [*self.weights.network.parameters(), *(ema.averages.values() if ema is not None else ())]
+            checks = [(tensor if dtype is None else tensor.to(dtype)).isfinite().all() for tensor in tensors]
+            if not checks or bool(torch.stack(checks).all()):
+                return
+        remedy = "--save_precision float would keep them. " if dtype is torch.float16 else ""
+        raise UserError(
+            f"{path}: the weights are not finite at step {progress.step}, and the file is not written. {remedy}Files saved before are "
+            "finite: resume from a state of an earlier step with a lower --learning_rate."
+        )
+
     def save(self, path: Path, progress: TrainProgress, final: bool = False, obsolete: ObsoletePaths = list) -> None:
         """Save the weights as they are now. final: wait for the hashes of the base files in the metadata."""
         described = self.metadata

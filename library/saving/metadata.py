@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from library.common.tensor_io import Part
 from library.saving.dataset_facts import with_commonest_tags
 from library.saving.model_hash import FileHashes, legacy_file_hash, lora_hashes
 from library.saving.modelspec import ModelSpec, modelspec_metadata
@@ -56,6 +57,7 @@ class FamilyFacts:
     base_file: Path
     vae_file: Path | None  # only where --vae names a file of its own
     options: dict[str, object] = field(default_factory=dict)
+    parts: Sequence[Part] = ()  # the models and their files
 
 
 @dataclass(frozen=True)

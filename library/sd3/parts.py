@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from library.common.safetensors_header import Header, TensorInfo
-from library.common.tensor_io import Part
+from library.common.tensor_io import Part, file_stamp
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of a float8 weight; the second is ComfyUI's newer name
 SCALE_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")  # for float8 matmuls; weights need none of them
@@ -38,7 +38,7 @@ def make_part(
         # transformers 5 saves a CLIPTextModel without the level that every other file has.
         elsewhere = {"text_model." + key: prefix + key for key in tensors}
         tensors = {"text_model." + key: info for key, info in tensors.items()}
-    return Part(name, path, prefix, tensors, scales, elsewhere, pickled)
+    return Part(name, path, prefix, tensors, scales, elsewhere, pickled, file_stamp(path))
 
 
 def _belongs_to(full_name: str, prefixes: tuple[str, ...], own: str) -> bool:

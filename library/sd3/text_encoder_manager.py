@@ -48,6 +48,10 @@ class EncoderPlacement:
     )  # by encoder: done to its weights when it is loaded
     keep_freed_memory: bool = False  # leave a freed encoder's device memory to torch's allocator
 
+    def maps(self, device: torch.device) -> bool:
+        """Whether to map the file of an encoder on `device`. Weights in a mapped file would be lost with it."""
+        return self.mmap and device.type != "cpu"
+
 
 class TextEncoderManager:
     """Loads encoders when they are needed and frees them when asked. A missing encoder is never asked for."""
@@ -142,10 +146,12 @@ class TextEncoderManager:
         logger.info("Loading %s from %s", name, part.path)
         change = placement.change.get(name)
         if name != "t5xxl":
-            model: nn.Module = load_clip(part, placement.device, placement.dtype, placement.mmap)
+            model: nn.Module = load_clip(part, placement.device, placement.dtype, placement.maps(placement.device))
         else:  # a change is made to the wide weights, so that all of them are there before they are quantized
             quantize_block = self._block_quantizer() if change is None else None
-            model = load_t5(part, placement.t5_device, placement.t5_dtype, placement.mmap, quantize_block)
+            model = load_t5(
+                part, placement.t5_device, placement.t5_dtype, placement.maps(placement.t5_device), quantize_block
+            )
         if change is not None:
             change.apply(model)
             quantize_block = self._block_quantizer() if name == "t5xxl" else None

@@ -19,13 +19,21 @@ class StopControl:
     behind this one.
     """
 
-    def __init__(self, signals: StopSignals, agreement: Agreement, save_is_due: Callable[[], bool]):
-        """save_is_due: whether this rank's clock asks for a save."""
+    def __init__(
+        self,
+        signals: StopSignals,
+        agreement: Agreement,
+        save_is_due: Callable[[], bool],
+        failure: Callable[[], Exception | None] = lambda: None,
+    ):
+        """save_is_due: whether this rank's clock asks for a save. failure: why this rank cannot go on, None where it can."""
+        self.failure = failure
         self.signals, self.agreement, self._save_is_due = signals, agreement, save_is_due
         self._stop_agreed = self._save_agreed = self._request_agreed = False
 
     def on_step_end(self, report: StepReport) -> None:
-        answers = [self.signals.received is not None, self._save_is_due(), self.signals.take_save_request()]
+        has_to_stop = self.signals.received is not None or self.failure() is not None
+        answers = [has_to_stop, self._save_is_due(), self.signals.take_save_request()]
         self._stop_agreed, self._save_agreed, self._request_agreed = self.agreement.any_rank(answers)
 
     def on_epoch_end(self, progress: TrainProgress) -> None:

@@ -385,3 +385,18 @@ def test_a_mask_is_the_mean_of_each_cell():
     mask = np.zeros((16, 24), dtype=np.uint8)
     mask[:8, :4] = 255
     assert shrink_mask(mask).tolist() == [[[0.5, 0, 0], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_text_outputs_that_are_not_finite_are_refused_with_caption_and_encoder(tmp_path: Path, on_disk: bool):
+    datasets = datasets_of(folder_of_images(tmp_path))
+    cache = TextCache(datasets, TextCacheSettings("encoders", on_disk=on_disk))
+
+    def encode(captions):
+        rows = [{"clip_l": torch.ones(2), "t5": torch.ones(2)} for _ in captions]
+        rows[0]["t5"][1] = float("inf")
+        return rows
+
+    with pytest.raises(UserError, match=r"The caption .* text encoder .t5. is not finite"):
+        cache.fill(cache.missing(), encode)
+    assert not list(tmp_path.rglob("*.text.safetensors")) and not cache.memory

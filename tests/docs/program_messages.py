@@ -29,6 +29,8 @@ TOLD = {
     "UserError",
     "FormatError",
     "_DuplicateKey",
+    "ReadError",
+    "RunInterrupted",
     "BadImageError",
     "BucketError",
     "_Malformed",
