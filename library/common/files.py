@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from library.common.processes import temporary_mark
@@ -100,8 +99,12 @@ def check_writing(folder: Path, leaves_no_trace: bool = False) -> None:
     """Make the folder and a file in it; OSError where that cannot be done. leaves_no_trace: judge it by rights alone, and make nothing."""
     if not leaves_no_trace:
         folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, prefix=".write-test-"):  # no other machine tries the same name
-            return
+        temporary = temporary_name(folder / "write-test")
+        try:
+            temporary.touch(exist_ok=False)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
     existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))

@@ -225,10 +225,10 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_encoded(tmp_
     datasets = datasets_of(folder_of_images(tmp_path))
     cache = LatentCache(datasets, LatentCacheSettings("vae", on_disk=True))
 
-    def refuse(**named):
+    def refuse(target):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(common_files, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(common_files, "temporary_name", refuse)
     problems = cache.check(cache.missing())
     assert len(problems) == 1 and "--cache_dir" in problems[0]
 

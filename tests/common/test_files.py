@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from library.common.files import atomic_write, save_safetensors, write_text
+from library.common.processes import remove_stale_temporaries
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -46,3 +50,17 @@ def test_files_are_for_those_whom_the_umask_allows_and_keep_the_mode_that_they_h
     (tmp_path / "a.safetensors").chmod(0o604)
     save_safetensors(tmp_path / "a.safetensors", tensors)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o604
+
+
+def test_a_process_killed_while_it_tests_a_folder_leaves_a_file_that_the_next_one_removes(tmp_path):
+    lines = (
+        "import os, sys, pathlib",
+        "from library.common.files import check_writing",
+        "pathlib.Path.unlink = lambda *a, **k: os._exit(9)",
+        "check_writing(pathlib.Path(sys.argv[1]))",
+    )
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines), str(tmp_path)], cwd=root).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    assert len(remove_stale_temporaries([tmp_path])) == 1
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from sd3_train_network import main
 from tests.end_to_end.conftest import ROOT, Workshop, workshop  # noqa: F401 (a fixture)
 from tools.make_option_docs import GUIDES, MARKED
 
-PAGES = (*GUIDES, "getting_started.md")
+PAGES = (*GUIDES, "getting_started.md", "reliability.md")
 NAMES = (r"--([a-z]\w+)", r"(?m)^\| `([a-z]\w+)")  # options in the text, and what the guides' own tables explain
 
 

@@ -30,7 +30,7 @@ def main() -> int:
         last = summary.outcomes[-1]
         if last.faults:
             print(last, flush=True)
-        if len(summary.outcomes) % 10 == 0:
+        if len(summary.outcomes) % 5 == 0:
             print(f"\n{summary.table()}\n", flush=True)
 
     summary = run_campaign(Harness(workshop, folder), args.seed, 60 * args.minutes, jobs, report)

@@ -140,7 +140,7 @@ class Harness:
                 outcome.stuck.append(f"no end within {LIMIT:.0f} s")
                 break
             if end.code != 0 and (strike is None or end.code == 2):
-                outcome.stuck.append(f"exit code {end.code}: {end.output.strip()[-1500:]}")
+                outcome.stuck.append(f"exit code {end.code}: {_without_launcher(end.output)[-1500:]}")
                 break
         else:
             stopped = any(strike.kind in ("stop", "one") for strike in strikes)
@@ -217,6 +217,11 @@ def _output(process: Process, notes: Path, real: bool) -> str:
     if real:
         return (notes / "output.txt").read_text(errors="replace")
     return "".join(process.communicate())
+
+
+def _without_launcher(output: str) -> str:
+    """What the training has printed, without the traceback of torch's launcher."""
+    return output.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0].strip() or output.strip()
 
 
 def _operations(notes: Path) -> tuple[list[int], str]:
