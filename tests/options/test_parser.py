@@ -59,6 +59,7 @@ REFUSED = {
     "fp16_master_weights_and_gradients",
 }
 NEW = {
+    "allow_external_links",
     "timestep_sampling",
     "loss_weighting",
     "resolution_shift",
