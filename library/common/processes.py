@@ -38,11 +38,12 @@ def _machine() -> str:
 
 
 def start_time(pid: int) -> float | None:
-    """When the process began, in seconds since 1970; None where there is no such process."""
+    """When the process began, in seconds since 1970; None where there is no such process, or it is dead and not yet reaped."""
     import psutil
 
     try:
-        return float(psutil.Process(pid).create_time())
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
     except psutil.Error:
         return None
 

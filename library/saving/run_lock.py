@@ -9,11 +9,11 @@ import shutil
 import socket
 import threading
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from library.common.files import temporary_name
 from library.common.processes import ProcessId, remove_stale_temporaries, start_time, this_process
 from library.saving.state import own_state_name
 
@@ -103,7 +103,7 @@ class RunLock:
             return None
         except FileExistsError:
             pass
-        candidate = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+        candidate = temporary_name(path)  # a kill here leaves a file that the next start removes
         try:
             candidate.write_text(text, encoding="utf-8")
             holder = _read(path)
