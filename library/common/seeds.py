@@ -23,8 +23,9 @@ def fold_seed(*parts: int | str) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's and torch's global generators (CPU and every device): LoRA dropout and optimizers draw from them."""
+    """Seed Python's, NumPy's and torch's global generators (CPU and every device): LoRA dropout and optimizers draw from them."""
     random.seed(seed)
+    np.random.seed(seed % 2**32)  # some optimizers draw from it (kron)
     torch.manual_seed(seed)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.common.errors import UserError
+from library.common.seeds import seed_everything
 from library.training import optimizer_names
 from library.training.optimizer_args import parse_keyword_args
 from library.training.optimizer_names import CATALOGUE, choose_name, find_optimizer
@@ -52,7 +53,7 @@ def build(name, parameters, args=()):
 def take_steps(bundle, parameters, steps):
     """Steps downhill on |Up Down - 1|^2, whose gradients come from the weights alone."""
     for step in steps:
-        torch.manual_seed(step)  # for optimizers that round stochastically, as the training loop places its seeds
+        seed_everything(step)  # for optimizers that draw numbers, as a training step does
         bundle.optimizer.zero_grad()
         down, up = parameters
         (up.float() @ down.float() - 1).square().mean().backward()
