@@ -99,13 +99,22 @@ def make_images(folder: Path) -> None:
 
 
 def words(model: Path, images: Path, output: Path, *more: str) -> list[str]:
-    """The command line of a short run; later words win."""
+    """The command line of a short run; later words win. The base model is read, not mapped: mapped weights are aligned otherwise, and
+    a CPU sums matrix products of them in another order."""
     return [
         *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images)),
         *("--output_dir", str(output), "--output_name", "lora", "--network_module", "networks.lora_sd3"),
         *("--resolution", "64", "--enable_bucket", "--bucket_reso_steps", "32", "--caption_extension", ".txt"),
         *("--train_batch_size", "2", "--network_dim", "1", "--learning_rate", "1e-3", "--seed", "7"),
-        *("--max_train_steps", str(LAST_STEP), "--max_data_loader_n_workers", "0", "--no_report", *more),
+        *(
+            "--max_train_steps",
+            str(LAST_STEP),
+            "--max_data_loader_n_workers",
+            "0",
+            "--no_report",
+            "--disable_mmap_load_safetensors",
+            *more,
+        ),
     ]
 
 
